@@ -1,0 +1,88 @@
+"""The port of an engine: how a replica of it is launched, watched and understood."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from search_spaces.model import ModelSpec
+from search_spaces.outcome import FailureReason
+from search_spaces.serving import Pool
+from search_spaces.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchCommand:
+    """A process to start.
+
+    `argv` is an argument vector (never a shell string), `env` goes on top of the caller's environment, and
+    `ready_path` answers 200 over HTTP when the process serves.
+    """
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    ready_path: str = "/health"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaSpec:
+    """One replica to launch on a node.
+
+    `device_ids` are the GPU indices, or the cores, that the replica may use; `work_dir` is its own folder, and
+    `shared_dir` one that all replicas of the deployment see (KV hand-over by file).
+    """
+
+    trial: str
+    pool: Pool
+    index: int
+    host: str
+    port: int
+    model: ModelSpec
+    workload: Workload
+    device_ids: tuple[int, ...]
+    work_dir: Path
+    shared_dir: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSpec:
+    """The router of a deployment: base URLs of its replicas by role (`mixed_urls` where it is aggregated)."""
+
+    trial: str
+    host: str
+    port: int
+    model: ModelSpec
+    prefill_urls: tuple[str, ...] = ()
+    decode_urls: tuple[str, ...] = ()
+    mixed_urls: tuple[str, ...] = ()
+    prefill_pool: Pool | None = None
+    decode_pool: Pool | None = None
+    shared_dir: Path
+
+
+class EngineBackend(Protocol):
+    """What the cluster needs to know of an engine. Implementations hold no state and never import the engine."""
+
+    name: str
+
+    def prepare(self, model: ModelSpec, directory: Path) -> ModelSpec:
+        """Make what the replicas load (once per node and study), and return the model with its `source` set."""
+        ...
+
+    def replica_command(self, replica: ReplicaSpec) -> LaunchCommand:
+        """The process of one replica, which serves OpenAI-compatible HTTP."""
+        ...
+
+    def router_command(self, router: RouterSpec) -> LaunchCommand:
+        """The process in front of several replicas, which serves the same HTTP."""
+        ...
+
+    def classify(self, exit_code: int | None, log_tail: str, *, ready: bool) -> FailureReason:
+        """Class of a failure from its exit code (None while alive) and last lines; `ready` tells boot from load."""
+        ...
+
+    def version(self) -> str:
+        """Version of the engine, as installed."""
+        ...

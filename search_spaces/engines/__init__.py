@@ -1,0 +1,19 @@
+"""The engines and what each lets one choose."""
+
+from __future__ import annotations
+
+from search_spaces.engines.base import EngineParameter, EngineSpec
+from search_spaces.engines.llamacpp import LLAMACPP
+from search_spaces.errors import InvalidValueError
+
+ENGINES: dict[str, EngineSpec] = {spec.name: spec for spec in (LLAMACPP,)}
+
+
+def engine_spec(name: str) -> EngineSpec:
+    """The engine called `name`; raises `InvalidValueError` with the known names."""
+    if name not in ENGINES:
+        raise InvalidValueError(f"engine {name!r} is unknown; choose {', '.join(ENGINES)}")
+    return ENGINES[name]
+
+
+__all__ = ["ENGINES", "EngineParameter", "EngineSpec", "engine_spec"]

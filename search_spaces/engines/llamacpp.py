@@ -1,0 +1,54 @@
+"""Options of llama.cpp's server, as offered by its `--help` (defaults are its own, threads apart)."""
+
+from __future__ import annotations
+
+from search_spaces.engines.base import EngineParameter, EngineSpec
+
+LLAMACPP = EngineSpec(
+    name="llamacpp",
+    devices_per_rank_option="threads",
+    parameters=(
+        EngineParameter(
+            name="max_num_seqs",
+            choices=(1, 2, 4, 8, 16, 32),
+            default=4,
+            unit="sequences",
+            meaning="slots: sequences decoded together (--parallel)",
+        ),
+        EngineParameter(
+            name="batch_size",
+            choices=(64, 128, 256, 512, 1024, 2048),
+            default=2048,
+            unit="tokens",
+            meaning="tokens that one scheduling step may hold (--batch-size)",
+        ),
+        EngineParameter(
+            name="ubatch_size",
+            choices=(32, 64, 128, 256, 512),
+            default=512,
+            unit="tokens",
+            meaning="tokens computed at once (--ubatch-size), at most batch_size",
+        ),
+        EngineParameter(
+            name="kv_cache_dtype",
+            choices=("f16", "q8_0", "f32"),
+            default="f16",
+            unit="type",
+            meaning="element type of the KV cache (--cache-type-k, --cache-type-v); q8_0 needs flash attention",
+        ),
+        EngineParameter(
+            name="flash_attention",
+            choices=(True, False),
+            default=True,
+            unit="switch",
+            meaning="fused attention kernel (--flash-attn)",
+        ),
+        EngineParameter(
+            name="threads",
+            choices=(1, 2, 4, 8),
+            default=1,
+            unit="cores",
+            meaning="threads of a replica, each on a reserved core (--threads, --threads-batch)",
+        ),
+    ),
+)

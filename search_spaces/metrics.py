@@ -1,0 +1,153 @@
+"""What a measurement or a prediction says of a deployment under load.
+
+Terms: TTFT = first token - send. TPOT = (E2E - TTFT) / (OSL - 1) of a request. ITL = each raw gap between tokens.
+E2E = last token - send. Goodput = requests/s that meet *every* SLO of the study.
+On a CPU pool "per GPU" means per reserved core: the device of that pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from search_spaces.errors import InvalidValueError
+
+STATISTICS = ("mean", "p50", "p90", "p95", "p99")
+LATENCIES = ("ttft", "tpot", "itl", "e2e")
+
+
+class Direction(StrEnum):
+    """Which way is better."""
+
+    MINIMIZE = "minimize"
+    MAXIMIZE = "maximize"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricInfo:
+    """Unit, better direction and meaning of a named metric."""
+
+    unit: str
+    direction: Direction
+    meaning: str
+
+
+def _latency_metrics() -> dict[str, MetricInfo]:
+    return {
+        f"{latency}_{statistic}_ms": MetricInfo(
+            unit="ms", direction=Direction.MINIMIZE, meaning=f"{statistic} of {latency.upper()}"
+        )
+        for latency in LATENCIES
+        for statistic in STATISTICS
+    }
+
+
+def _up(unit: str, meaning: str) -> MetricInfo:
+    return MetricInfo(unit=unit, direction=Direction.MAXIMIZE, meaning=meaning)
+
+
+def _down(unit: str, meaning: str) -> MetricInfo:
+    return MetricInfo(unit=unit, direction=Direction.MINIMIZE, meaning=meaning)
+
+
+METRICS: dict[str, MetricInfo] = {
+    **_latency_metrics(),
+    "output_tokens_per_s": _up("tokens/s", "output tokens per second of the whole deployment"),
+    "output_tokens_per_s_per_gpu": _up("tokens/s/GPU", "output tokens per second and reserved device"),
+    "output_tokens_per_s_per_user": _up("tokens/s/user", "1000 / mean TPOT: what one user sees"),
+    "output_tokens_per_dollar": _up("tokens/$", "output tokens per dollar of reserved devices"),
+    "input_tokens_per_s": _up("tokens/s", "prompt tokens per second of the whole deployment"),
+    "requests_per_s": _up("requests/s", "completed requests per second"),
+    "goodput_rps": _up("requests/s", "requests per second that meet every SLO"),
+    "goodput_rps_per_gpu": _up("requests/s/GPU", "goodput per reserved device"),
+    "goodput_requests_per_dollar": _up("requests/$", "requests that meet every SLO per dollar"),
+    "cost_per_million_output_tokens": _down("$", "dollars of reserved devices per million output tokens"),
+    "price_per_hour": _down("$/h", "price of the reserved devices"),
+    "devices": _down("devices", "devices reserved (GPUs, or cores on a CPU pool)"),
+    "error_rate": _down("1", "share of measured requests that failed"),
+}
+
+
+def metric_info(name: str) -> MetricInfo:
+    """Information on metric `name`; raises `InvalidValueError` that lists the nearest names."""
+    if name not in METRICS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, METRICS, n=3) or list(METRICS)[:5]
+        raise InvalidValueError(f"metric {name!r} is unknown; did you mean {', '.join(near)}?")
+    return METRICS[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Percentiles:
+    """Mean and percentiles of a latency, in milliseconds."""
+
+    mean: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingMetrics:
+    """Figures of one deployment under one load.
+
+    `devices` and `price_per_hour` are those of the deployment's reserved devices. `requests` counts the measured
+    requests that completed, `errors` those that failed; both leave the warm-up out. `duration_s` is the measured
+    window.
+    """
+
+    ttft_ms: Percentiles
+    tpot_ms: Percentiles
+    itl_ms: Percentiles
+    e2e_ms: Percentiles
+    output_tokens_per_s: float
+    input_tokens_per_s: float
+    requests_per_s: float
+    goodput_rps: float
+    requests: int
+    errors: int
+    duration_s: float
+    devices: int
+    price_per_hour: float
+
+    @property
+    def error_rate(self) -> float:
+        """Share of measured requests that failed."""
+        total = self.requests + self.errors
+        return self.errors / total if total else 1.0
+
+    def flat(self) -> dict[str, float]:
+        """Every metric of `METRICS` that is defined here, by name.
+
+        Figures per dollar are left out where the devices have no price.
+        """
+        values = {
+            f"{latency}_{statistic}_ms": getattr(getattr(self, f"{latency}_ms"), statistic)
+            for latency in LATENCIES
+            for statistic in STATISTICS
+        }
+        values |= {
+            "output_tokens_per_s": self.output_tokens_per_s,
+            "output_tokens_per_s_per_gpu": self.output_tokens_per_s / self.devices,
+            "output_tokens_per_s_per_user": 1000.0 / self.tpot_ms.mean,
+            "input_tokens_per_s": self.input_tokens_per_s,
+            "requests_per_s": self.requests_per_s,
+            "goodput_rps": self.goodput_rps,
+            "goodput_rps_per_gpu": self.goodput_rps / self.devices,
+            "price_per_hour": self.price_per_hour,
+            "devices": float(self.devices),
+            "error_rate": self.error_rate,
+        }
+        return values | self._per_dollar()
+
+    def _per_dollar(self) -> dict[str, float]:
+        if self.price_per_hour <= 0 or self.output_tokens_per_s <= 0:
+            return {}
+        dollars_per_s = self.price_per_hour / 3600
+        return {
+            "output_tokens_per_dollar": self.output_tokens_per_s / dollars_per_s,
+            "goodput_requests_per_dollar": self.goodput_rps / dollars_per_s,
+            "cost_per_million_output_tokens": 1e6 * dollars_per_s / self.output_tokens_per_s,
+        }

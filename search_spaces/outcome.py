@@ -1,0 +1,99 @@
+"""What becomes of a candidate: a prediction before it is measured, then a measurement or a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from search_spaces.metrics import ServingMetrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Expected metrics by name (see `search_spaces.metrics.METRICS`).
+
+    `log_stddev` is the standard deviation of the natural logarithm of each metric. `infeasible` says why the candidate
+    cannot run (then `metrics` is empty), None where it can. `breakdown_ms` is the time per operation of a step.
+    """
+
+    metrics: Mapping[str, float]
+    log_stddev: Mapping[str, float] = field(default_factory=dict)
+    infeasible: str | None = None
+    breakdown_ms: Mapping[str, float] = field(default_factory=dict)
+
+
+class FailureReason(StrEnum):
+    """Classes of failure."""
+
+    OUT_OF_MEMORY_AT_BOOT = "out_of_memory_at_boot"
+    OUT_OF_MEMORY_UNDER_LOAD = "out_of_memory_under_load"
+    STARTUP_TIMEOUT = "startup_timeout"
+    INVALID_FLAGS = "invalid_flags"
+    KV_CACHE_TOO_SMALL = "kv_cache_too_small"
+    ENGINE_CRASH = "engine_crash"
+    MEASUREMENT_TIMEOUT = "measurement_timeout"
+    REQUESTS_FAILED = "requests_failed"
+    TRANSPORT = "transport"
+    LATE_CLIENT = "late_client"
+    PLACEMENT = "placement"
+    UNHEALTHY_NODE = "unhealthy_node"
+    LOST_NODE = "lost_node"
+    LOST_COORDINATOR = "lost_coordinator"
+
+    @property
+    def is_infrastructure(self) -> bool:
+        """True where the configuration is not to blame: such a failure teaches the sampler nothing and is retried."""
+        return self in _INFRASTRUCTURE
+
+
+_INFRASTRUCTURE = frozenset(
+    {
+        FailureReason.TRANSPORT,
+        FailureReason.LATE_CLIENT,
+        FailureReason.PLACEMENT,
+        FailureReason.UNHEALTHY_NODE,
+        FailureReason.LOST_NODE,
+        FailureReason.LOST_COORDINATOR,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a candidate gave no measurement.
+
+    `detail` says it in a sentence; `log_tail` holds the engine's own last lines.
+    """
+
+    reason: FailureReason
+    detail: str
+    log_tail: str = ""
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    timings_s: Mapping[str, float] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def retryable(self) -> bool:
+        """True where another try may succeed."""
+        return self.reason.is_infrastructure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Figures measured on a real deployment.
+
+    `timings_s` are the seconds of each phase (placement, start, warm_up, measure, stop; absent where a warm deployment
+    was reused). `client_lateness_ms` is the p99 of how late the load client sent or read: the validity gate.
+    `environment` names engine, node and software versions. `artifacts` maps a name to a file path.
+    """
+
+    metrics: ServingMetrics
+    client_lateness_ms: float
+    timings_s: Mapping[str, float] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    emulated: bool = False
+
+
+Outcome = Measurement | Failure

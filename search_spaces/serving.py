@@ -36,7 +36,7 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Parallelism:
-    """Parallel sizes of one replica: tensor, pipeline, attention-data and expert; experts reuse the ranks of the others."""
+    """Tensor, pipeline, attention-data and expert parallel sizes of one replica; experts reuse the ranks."""
 
     tp: int = 1
     pp: int = 1

@@ -44,7 +44,9 @@ class Device:
 class NodePool:
     """`nodes` identical nodes. `price_per_hour` is dollars per node.
 
-    A pool is found in Ray by `labels` or by `accelerator_type`; a CPU pool without either is any node.
+    `devices_per_node` are the devices that replicas may reserve; the load generator and the router take CPU cores of
+    their own beyond these. A pool is found in Ray by `labels` or by `accelerator_type`; a CPU pool without either is
+    any node.
     """
 
     name: str

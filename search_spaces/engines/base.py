@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from search_spaces.errors import InvalidValueError, require
 from search_spaces.serving import OptionValue, Role
 
 ALL_ROLES = (Role.MIXED, Role.PREFILL, Role.DECODE)
+OptionValues = dict[str, OptionValue]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,18 +29,42 @@ class EngineParameter:
             f"default {self.default!r} of {self.name} is not among its choices {list(self.choices)}",
         )
 
+    @property
+    def is_number(self) -> bool:
+        """True where the choices are points of a numeric range."""
+        return all(isinstance(choice, (int, float)) and not isinstance(choice, bool) for choice in self.choices)
+
+    def accepts(self, value: OptionValue) -> bool:
+        """True for a choice, and for any number of the same kind inside the range of a numeric parameter."""
+        if not self.is_number or isinstance(value, (bool, str)):
+            return any(value == choice and type(value) is type(choice) for choice in self.choices)
+        whole = all(isinstance(choice, int) for choice in self.choices)
+        numbers = [float(choice) for choice in self.choices]
+        return min(numbers) <= value <= max(numbers) and (not whole or isinstance(value, int))
+
+
+def _no_repair(options: Mapping[str, OptionValue]) -> OptionValues:
+    return dict(options)
+
+
+def _no_conflict(_options: Mapping[str, OptionValue]) -> str | None:
+    return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
     """Everything that may be chosen of an engine.
 
     `devices_per_rank_option` names the option that says how many devices (cores) one rank takes, None for one.
+    `repair` mends a combination of options that the engine would refuse; `conflict` says why it would refuse one.
     """
 
     name: str
     parameters: tuple[EngineParameter, ...]
     roles: tuple[Role, ...] = ALL_ROLES
     devices_per_rank_option: str | None = None
+    repair: Callable[[Mapping[str, OptionValue]], OptionValues] = _no_repair
+    conflict: Callable[[Mapping[str, OptionValue]], str | None] = _no_conflict
 
     def parameter(self, name: str) -> EngineParameter:
         """The parameter called `name`; raises `InvalidValueError` with the known names."""

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from search_spaces.engines.base import EngineParameter, EngineSpec
+from collections.abc import Mapping
+
+from search_spaces.engines.base import EngineParameter, EngineSpec, OptionValues
+from search_spaces.serving import OptionValue
+
+
+def _repair(options: Mapping[str, OptionValue]) -> OptionValues:
+    """Micro-batches no larger than batches, and flash attention where a quantised KV cache needs it."""
+    batch_size, ubatch_size = int(options["batch_size"]), int(options["ubatch_size"])
+    needs_flash = options["kv_cache_dtype"] == "q8_0"
+    return {
+        **options,
+        "ubatch_size": min(batch_size, ubatch_size),
+        "flash_attention": bool(options["flash_attention"]) or needs_flash,
+    }
+
 
 LLAMACPP = EngineSpec(
     name="llamacpp",
+    repair=_repair,
     devices_per_rank_option="threads",
     parameters=(
         EngineParameter(

@@ -1,0 +1,66 @@
+# Two commands for newcomers: `make demo` and `make test`. Each does all of its own set-up in .venv.
+#   make demo    tune real prefill and decode replicas on this machine's CPU (a few minutes)
+#   make test    run every test (real engines and a real Ray cluster included)
+#   make lint    formatting, lint, types and import layers
+#   make lock    make the pinned requirement files anew from pyproject.toml
+#   make clean   remove .venv, caches and the demonstration's data
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+PYTEST_ARGS ?=
+
+.PHONY: demo test lint lock clean check-python
+
+demo: $(VENV)/.installed
+	$(BIN)/tuner study run examples/quickstart.yaml
+	@echo
+	@$(BIN)/tuner study pareto quickstart
+	@echo
+	@echo "Next:  $(BIN)/tuner study show quickstart          what was measured, what failed, how good the model is"
+	@echo "       $(BIN)/tuner study pareto quickstart --json every metric of the front"
+	@echo "       $(BIN)/tuner dashboard                      the study in the browser"
+	@echo "       examples/quickstart.yaml                    the study file, explained: change it, or --set a key"
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Versions are pinned for every platform; see https://docs.astral.sh/uv/pip/compile/ for the options.
+lock: $(VENV)/.installed-dev
+	$(PIP) install uv
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --extra llamacpp pyproject.toml -o requirements.lock --no-header
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --all-extras -c requirements.lock pyproject.toml -o requirements-dev.lock --no-header
+
+clean:
+	rm -rf $(VENV) tuner-data .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info build dist
+
+check-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing), but 3.11 or newer is needed;" \
+	       "install it, or name another one: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make: $(PYTHON) cannot make virtual environments; install its venv module (Debian: apt install python3-venv)" >&2; exit 2; }
+
+$(VENV)/bin/python: | check-python
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is older than the file that changed, so an update installs again. The developers' set holds the users'.
+$(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/python
+	@echo "Installing pinned dependencies into $(VENV) (about a minute) ..."
+	$(PIP) install -r requirements.lock
+	$(PIP) install --no-deps -e .
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.lock pyproject.toml | $(VENV)/bin/python
+	@echo "Installing pinned dependencies into $(VENV) (one to two minutes) ..."
+	$(PIP) install -r requirements-dev.lock
+	$(PIP) install --no-deps -e .
+	@touch $@ $(VENV)/.installed

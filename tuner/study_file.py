@@ -1,0 +1,186 @@
+"""Reading study files: YAML, overrides, checking, and the resolved form that is stored and hashed."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from tuner.study_errors import StudyFileError, describe
+from tuner.study_schema import StudyFile
+
+KeyPath = tuple[str, ...]
+Tree = dict[str, Any]  # raw YAML before it is checked: the only untyped value of the package
+NOT_STORED = ("storage",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Text:
+    """A parsed YAML text: its tree and the line of every key path."""
+
+    tree: Tree
+    lines: Mapping[KeyPath, int]
+
+
+def load_study_file(path: Path, overrides: Sequence[str] = ()) -> StudyFile:
+    """The checked study file at `path` after `overrides` (`a.b=c`, `c` in YAML).
+
+    Raises `StudyFileError`, which lists every problem, for a file that cannot be read or used.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StudyFileError(
+            f"study file {path} cannot be read ({error.strerror}); give the path of a YAML file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise StudyFileError(f"study file {path} is no UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    study = parse_study(text, overrides, name=str(path))
+    return _absolute_paths(study, path.resolve().parent, name=str(path))
+
+
+def parse_study(text: str, overrides: Sequence[str] = (), *, name: str = "study file") -> StudyFile:
+    """The checked study file in `text`; `name` stands in messages. Raises `StudyFileError`."""
+    parsed = _parse_yaml(text, name)
+    tree = copy.deepcopy(parsed.tree)
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return StudyFile.model_validate(tree)
+    except ValidationError as error:
+        raise _error(name, describe(error, parsed.lines)) from error
+
+
+def _error(name: str, problems: Sequence[str]) -> StudyFileError:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return StudyFileError("\n".join([f"{name}: {count}", *(f"  {problem}" for problem in problems)]))
+
+
+def _parse_yaml(text: str, name: str) -> _Text:
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
+        raise _error(
+            name, [f"{where}: no valid YAML: {error.problem}; check indentation, colons and quotes there"]
+        ) from error
+    except yaml.YAMLError as error:
+        raise _error(name, [f"no valid YAML: {' '.join(str(error).split())}"]) from error
+    if not isinstance(tree, dict):
+        kind = "empty" if tree is None else f"a {type(tree).__name__}"
+        raise _error(name, [f"it is {kind}, but must be a mapping of keys to values; start with name: my-study"])
+    seen: dict[KeyPath, int] = {}
+    repeated: list[str] = []
+    for path, line in _key_lines(node):
+        if path in seen:
+            repeated.append(f"{'.'.join(path)} (line {line}): stands in line {seen[path]} already; keep one")
+        seen[path] = line
+    if repeated:
+        raise _error(name, repeated)
+    return _Text(tree=tree, lines=seen)
+
+
+def _key_lines(node: yaml.Node | None, prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
+    """Key paths of a YAML document with their line numbers, counted from 1."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = (*prefix, str(key.value))
+            yield path, key.start_mark.line + 1
+            yield from _key_lines(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for position, value in enumerate(node.value):
+            path = (*prefix, str(position))
+            yield path, value.start_mark.line + 1
+            yield from _key_lines(value, path)
+
+
+def _apply_override(tree: Tree, override: str) -> None:
+    """Set the key path of `override` in `tree`; sections that are not there yet are made."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise StudyFileError(f"--set {override!r} is no override; write --set key.path=value, such as budget.trials=8")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise StudyFileError(f"--set {override!r}: {text!r} is no valid YAML value; quote it") from error
+    if keys[0] == "engines" and len(keys) > 1 and isinstance(tree.get("engines"), list):
+        tree["engines"] = {name: {} for name in tree["engines"]}
+    _set(tree, keys, value, override)
+
+
+def _set(tree: Tree, keys: Sequence[str], value: object, override: str) -> None:
+    section: Any = tree
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(section, list):
+            section = _step_into_list(section, key, value if last else None, override, last=last)
+            continue
+        if not isinstance(section, dict):
+            above = ".".join(keys[:depth])
+            raise StudyFileError(f"--set {override}: {above} is {section!r} and has no key {key!r}; set {above} itself")
+        if last:
+            section[key] = value
+        elif section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+
+
+def _step_into_list(items: list[Any], key: str, value: object, override: str, *, last: bool) -> Any:
+    if not key.isdigit() or int(key) >= len(items):
+        raise StudyFileError(
+            f"--set {override}: {key!r} is no position of a list of {len(items)}; use 0 to {len(items) - 1}, "
+            "or set the whole list"
+        )
+    if last:
+        items[int(key)] = value
+    return items[int(key)]
+
+
+def _absolute_paths(study: StudyFile, directory: Path, *, name: str) -> StudyFile:
+    """`study` with the model's path made absolute; a path is relative to the study file."""
+    if study.model.gguf is None:
+        return study
+    path = (directory / Path(study.model.gguf).expanduser()).resolve()
+    if not path.is_file():
+        raise _error(name, [f"model.gguf: {str(path)!r} is no file; give the path of a GGUF file or preset: tiny"])
+    return study.model_copy(update={"model": study.model.model_copy(update={"gguf": str(path)})})
+
+
+def dump_study(study: StudyFile) -> str:
+    """Canonical YAML of `study`: every default filled in, keys sorted, without the storage (it may hold a password).
+
+    `parse_study(dump_study(study))` equals `study` but for its storage.
+    """
+    tree = study.model_dump(mode="json", exclude=set(NOT_STORED), exclude_none=True)
+    return yaml.safe_dump(tree, sort_keys=True, allow_unicode=True, width=120)
+
+
+def study_hash(study: StudyFile) -> str:
+    """SHA-256 of the canonical YAML, in hexadecimal."""
+    return hashlib.sha256(dump_study(study).encode()).hexdigest()
+
+
+def differences(stored: str, new: str) -> list[str]:
+    """`key: old -> new` for every key in which two canonical YAML texts differ."""
+    old_keys, new_keys = _flat(yaml.safe_load(stored)), _flat(yaml.safe_load(new))
+    changed = sorted(key for key in old_keys.keys() | new_keys.keys() if old_keys.get(key) != new_keys.get(key))
+    return [f"{key}: {old_keys.get(key, 'not set')} -> {new_keys.get(key, 'not set')}" for key in changed]
+
+
+def _flat(tree: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        path: value
+        for key, below in tree.items()
+        for path, value in _flat(below, f"{prefix}.{key}" if prefix else str(key)).items()
+    }

@@ -1,0 +1,398 @@
+"""The keys of a study file, with their types, limits and defaults.
+
+Pydantic stays here, at the edge: `tuner.wiring` turns a checked `StudyFile` into the types of `search_spaces`. Every
+field carries a description and an example, from which `tuner.study_errors` words its remedies.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from search_spaces.engines import ENGINES, engine_spec
+from search_spaces.errors import InvalidValueError
+from search_spaces.metrics import metric_info
+from search_spaces.serving import OptionValue
+
+DEFAULT_STORAGE = "sqlite:///tuner-data/studies.db"
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class KeyProblemError(ValueError):
+    """A problem that concerns `key` of the section being checked rather than the whole section."""
+
+    def __init__(self, key: str, text: str) -> None:
+        super().__init__(text)
+        self.key = key
+        self.text = text
+
+
+class Section(BaseModel):
+    """Base of every part of a study file: unknown keys and silent conversions are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _as_list(value: object) -> object:
+    return value if isinstance(value, list | type(None)) else [value]
+
+
+def _as_length(value: object) -> object:
+    if isinstance(value, dict | LengthSection):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {"mean": value}
+    raise InvalidValueError(f"{value!r} is no length; write a number of tokens or such as {{mean: 128, spread: 0.25}}")
+
+
+def _as_engines(value: object) -> object:
+    """A list of engine names is a mapping without restrictions."""
+    if isinstance(value, str):
+        return {value: {}}
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return {name: {} for name in value}
+    if isinstance(value, dict):
+        return {name: {} if options is None else options for name, options in value.items()}
+    return value
+
+
+def _as_seconds(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    parts = re.fullmatch(r"\s*((?:\d+(?:\.\d+)?\s*[smhd]\s*)+)", value)
+    if parts is None:
+        raise InvalidValueError(f"{value!r} is no duration; write seconds, or such as 90s, 4m, 2h or 1h30m")
+    return sum(float(n) * _SECONDS[unit] for n, unit in re.findall(r"(\d+(?:\.\d+)?)\s*([smhd])", parts[1]))
+
+
+def _unique(values: list[object]) -> list[object]:
+    repeated = sorted({str(v) for v in values if values.count(v) > 1})
+    if repeated:
+        raise InvalidValueError(f"{', '.join(repeated)} stands there twice; give each value once")
+    return values
+
+
+def _known_metric(name: str) -> str:
+    metric_info(name)
+    return name
+
+
+def _known_engine(name: str) -> str:
+    engine_spec(name)
+    return name
+
+
+def _study_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise InvalidValueError(
+            f"{name!r} is no study name; use 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit"
+        )
+    return name
+
+
+def _storage_url(url: str) -> str:
+    if "://" not in url:
+        raise InvalidValueError(f"{url!r} is no storage URL; write such as {DEFAULT_STORAGE}")
+    return url
+
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+MetricName = Annotated[str, AfterValidator(_known_metric)]
+Counts = Annotated[list[Count], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_unique)]
+Rates = Annotated[list[Positive], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_unique)]
+Choices = Annotated[list[OptionValue], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_unique)]
+ModeName = Literal["aggregated", "disaggregated"]
+
+
+def _every_mode() -> list[ModeName]:
+    return ["aggregated", "disaggregated"]
+
+
+def _every_engine() -> dict[str, dict[str, list[OptionValue]]]:
+    return {name: {} for name in ENGINES}
+
+
+class ModelSection(Section):
+    """The model: one of `preset` or `gguf`."""
+
+    preset: Literal["tiny"] | None = Field(
+        default=None, description="a random-weight model that the tool writes itself", examples=["tiny"]
+    )
+    gguf: str | None = Field(
+        default=None, description="path of a GGUF file, relative to the study file", examples=["models/qwen.gguf"]
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [key for key in ("preset", "gguf") if getattr(self, key) is not None]
+        if len(given) != 1:
+            said = "both are given" if given else "none is given"
+            raise InvalidValueError(f"give exactly one of preset and gguf ({said}); for example preset: tiny")
+        return self
+
+
+class LengthSection(Section):
+    """Sequence lengths in tokens, uniform around `mean` within `mean * spread`."""
+
+    mean: int = Field(ge=1, description="tokens", examples=[128])
+    spread: float = Field(
+        default=0.0, ge=0, lt=1, description="relative half-width of the uniform range", examples=[0.25]
+    )
+
+
+class WorkloadSection(Section):
+    """What the users send. A list of loads makes the load a dimension of the search."""
+
+    isl: Annotated[LengthSection, BeforeValidator(_as_length)] = Field(
+        description="input tokens per request", examples=[128]
+    )
+    osl: Annotated[LengthSection, BeforeValidator(_as_length)] = Field(
+        description="output tokens per request", examples=[64]
+    )
+    arrival: Literal["closed", "poisson", "constant"] = Field(
+        default="closed", description="closed loop, or requests arriving at a rate", examples=["closed"]
+    )
+    concurrency: Counts | None = Field(
+        default=None, description="requests in flight (closed loop)", examples=["[1, 4]"]
+    )
+    request_rate: Rates | None = Field(
+        default=None, description="requests per second (open loop)", examples=["[0.5, 2.0]"]
+    )
+    shared_prefix: float = Field(
+        default=0.0, ge=0, le=1, description="share of the input that all requests have in common", examples=[0.5]
+    )
+
+    @model_validator(mode="after")
+    def _load_fits_arrival(self) -> Self:
+        wanted, other = ("concurrency", "request_rate")
+        if self.arrival != "closed":
+            wanted, other = other, wanted
+        if getattr(self, other) is not None:
+            raise KeyProblemError(
+                other, f"{getattr(self, other)} does not go with arrival: {self.arrival}; give {wanted} instead"
+            )
+        if getattr(self, wanted) is None:
+            raise KeyProblemError(wanted, f"missing with arrival: {self.arrival}; write such as {wanted}: [1, 4]")
+        return self
+
+    @model_validator(mode="after")
+    def _two_output_tokens(self) -> Self:
+        if round(self.osl.mean * (1 - self.osl.spread)) < 2:
+            raise KeyProblemError(
+                "osl", f"{self.osl.mean} leaves requests under 2 tokens, the least for a TPOT; give a larger mean"
+            )
+        return self
+
+    @property
+    def loads(self) -> list[float]:
+        """The values of the load dimension, in order: requests in flight, or requests per second."""
+        return sorted(float(value) for value in (self.concurrency or self.request_rate or []))
+
+
+class NodePoolSection(Section):
+    """Identical nodes: `gpus_per_node` of a catalogue device, or `cpus_per_node` with `device: cpu`."""
+
+    device: str = Field(default="cpu", description="cpu, or a GPU of the catalogue", examples=["h100_sxm"])
+    nodes: Count = Field(default=1, description="number of nodes", examples=[1])
+    gpus_per_node: Count | None = Field(default=None, description="GPUs of a node", examples=[8])
+    cpus_per_node: Count | None = Field(default=None, description="cores of a node that replicas may use", examples=[4])
+    price_per_hour: float = Field(default=0.0, ge=0, description="dollars per node and hour", examples=[2.5])
+    labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels", examples=["{gpu: h100}"])
+    accelerator_type: str | None = Field(default=None, description="Ray accelerator type", examples=["H100"])
+
+    @model_validator(mode="after")
+    def _devices_fit(self) -> Self:
+        wanted, other = ("cpus_per_node", "gpus_per_node")
+        if self.device != "cpu":
+            wanted, other = other, wanted
+        if getattr(self, other) is not None:
+            raise KeyProblemError(
+                other, f"{getattr(self, other)} does not go with device: {self.device}; give {wanted} instead"
+            )
+        if getattr(self, wanted) is None:
+            raise KeyProblemError(wanted, f"missing with device: {self.device}; write such as {wanted}: 2")
+        return self
+
+    @property
+    def devices_per_node(self) -> int:
+        """GPUs or cores of a node."""
+        return self.cpus_per_node or self.gpus_per_node or 1
+
+
+class RoleSection(Section):
+    """What may vary in the pool of one role; what is left out follows the space's own lists."""
+
+    node_pools: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_unique)] | None = (
+        Field(default=None, description="node pools that may hold the replicas; all by default", examples=["[local]"])
+    )
+    replicas: Counts | None = Field(default=None, description="replicas of the pool", examples=["[1, 2]"])
+    tp: Counts | None = Field(default=None, description="tensor-parallel sizes", examples=["[1, 2, 4]"])
+    pp: Counts | None = Field(default=None, description="pipeline-parallel sizes", examples=["[1, 2]"])
+    dp: Counts | None = Field(default=None, description="attention-data-parallel sizes", examples=["[1, 2]"])
+    ep: Counts | None = Field(default=None, description="expert-parallel sizes", examples=["[1, 8]"])
+    options: dict[str, Choices] = Field(
+        default_factory=dict, description="engine options of this role alone", examples=["{max_num_seqs: [1, 4]}"]
+    )
+
+
+class SpaceSection(Section):
+    """What may vary beside the engines' options. The lists hold for every role that does not give its own."""
+
+    modes: Annotated[list[ModeName], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_unique)] = Field(
+        default_factory=_every_mode,
+        description="serving modes",
+        examples=["[aggregated, disaggregated]"],
+    )
+    replicas: Counts = Field(default_factory=lambda: [1], description="replicas of a pool", examples=["[1, 2]"])
+    tp: Counts = Field(default_factory=lambda: [1], description="tensor-parallel sizes", examples=["[1, 2, 4]"])
+    pp: Counts = Field(default_factory=lambda: [1], description="pipeline-parallel sizes", examples=["[1, 2]"])
+    dp: Counts = Field(default_factory=lambda: [1], description="attention-data-parallel sizes", examples=["[1, 2]"])
+    ep: Counts = Field(default_factory=lambda: [1], description="expert-parallel sizes", examples=["[1, 8]"])
+    mixed: RoleSection = Field(default_factory=RoleSection, description="replicas of aggregated deployments")
+    prefill: RoleSection = Field(default_factory=RoleSection, description="prefill replicas")
+    decode: RoleSection = Field(default_factory=RoleSection, description="decode replicas")
+
+
+class BudgetSection(Section):
+    """When the study ends: whichever comes first."""
+
+    trials: Count = Field(default=32, description="measured trials", examples=[16])
+    wall_time: Annotated[Positive, BeforeValidator(_as_seconds)] | None = Field(
+        default=None, description="duration, in seconds or such as 4m or 2h; none for no limit", examples=["4m"]
+    )
+
+
+class MeasurementSection(Section):
+    """How carefully a trial is measured (see `search_spaces.measuring.MeasurementRule`)."""
+
+    requests: Count = Field(default=64, description="requests measured after the warm-up", examples=[64])
+    warm_up_share: float = Field(
+        default=0.1, ge=0, le=1, description="warm-up requests per measured request", examples=[0.1]
+    )
+    lateness_limit_ms: Positive = Field(
+        default=20.0, description="p99 of the load client's own lateness that still counts", examples=[20.0]
+    )
+    error_limit: float = Field(
+        default=0.05, ge=0, le=1, description="share of failed requests that counts", examples=[0.05]
+    )
+
+
+class LimitsSection(Section):
+    """Time limits of the phases of a trial, in seconds."""
+
+    placement_s: Positive = Field(default=120.0, description="wait for free nodes", examples=[120])
+    start_s: Positive = Field(default=600.0, description="start of the replicas", examples=[600])
+    measure_s: Positive = Field(default=600.0, description="one measurement", examples=[600])
+    stop_s: Positive = Field(default=30.0, description="stop of the replicas", examples=[30])
+
+
+class StudyFile(Section):
+    """A whole study file."""
+
+    name: Annotated[str, AfterValidator(_study_name)] = Field(
+        description="name of the study in its storage", examples=["quickstart"]
+    )
+    model: ModelSection = Field(
+        default_factory=lambda: ModelSection(preset="tiny"),
+        description="the model to serve",
+        examples=["{preset: tiny}"],
+    )
+    workload: WorkloadSection = Field(
+        description="what the users send", examples=["{isl: 128, osl: 64, concurrency: [1, 4]}"]
+    )
+    slos: dict[MetricName, Positive] = Field(
+        default_factory=dict,
+        description="limits that a configuration must meet, by metric",
+        examples=["{ttft_p99_ms: 500}"],
+    )
+    objectives: Annotated[list[MetricName], Field(min_length=2, max_length=4), AfterValidator(_unique)] = Field(
+        description="two to four metrics to optimise", examples=["[output_tokens_per_s_per_gpu, ttft_p99_ms]"]
+    )
+    node_pools: dict[str, NodePoolSection] = Field(
+        min_length=1, description="the nodes, by pool", examples=["{local: {cpus_per_node: 2}}"]
+    )
+    engines: Annotated[
+        dict[Annotated[str, AfterValidator(_known_engine)], dict[str, Choices]], BeforeValidator(_as_engines)
+    ] = Field(
+        default_factory=_every_engine,
+        min_length=1,
+        description="the engines, each with the options to restrict",
+        examples=["[llamacpp]"],
+    )
+    space: SpaceSection = Field(
+        default_factory=SpaceSection, description="what may vary", examples=["{modes: [aggregated]}"]
+    )
+    budget: BudgetSection = Field(
+        default_factory=BudgetSection, description="when the study ends", examples=["{trials: 16, wall_time: 4m}"]
+    )
+    measurement: MeasurementSection = Field(
+        default_factory=MeasurementSection, description="how carefully is measured", examples=["{requests: 64}"]
+    )
+    limits: LimitsSection = Field(
+        default_factory=LimitsSection, description="time limits of the phases", examples=["{start_s: 600}"]
+    )
+    storage: Annotated[str, AfterValidator(_storage_url)] = Field(
+        default=DEFAULT_STORAGE, description="any Optuna storage URL", examples=[DEFAULT_STORAGE]
+    )
+    sampler: Literal["nsga2"] = Field(default="nsga2", description="how candidates are proposed", examples=["nsga2"])
+    seed: int = Field(default=0, ge=0, description="seed of every random choice", examples=[0])
+
+    @model_validator(mode="after")
+    def _options_known(self) -> Self:
+        for engine, options in self.engines.items():
+            for name, values in options.items():
+                _check_option(engine, name, values, key=f"engines.{engine}.{name}")
+        for role in ("mixed", "prefill", "decode"):
+            for name, values in getattr(self.space, role).options.items():
+                engine = next((e for e in self.engines if _has_option(e, name)), next(iter(self.engines)))
+                _check_option(engine, name, values, key=f"space.{role}.options.{name}")
+        return self
+
+    @model_validator(mode="after")
+    def _node_pools_known(self) -> Self:
+        for role in ("mixed", "prefill", "decode"):
+            for name in getattr(self.space, role).node_pools or ():
+                if name not in self.node_pools:
+                    known = ", ".join(self.node_pools)
+                    raise KeyProblemError(f"space.{role}.node_pools", f"{name!r} is no node pool; choose {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _prices_known(self) -> Self:
+        free = sorted(name for name, pool in self.node_pools.items() if pool.price_per_hour == 0)
+        paid = sorted(metric for metric in (*self.objectives, *self.slos) if "dollar" in metric or "cost" in metric)
+        if free and paid:
+            raise KeyProblemError(
+                f"node_pools.{free[0]}.price_per_hour",
+                f"0 leaves {paid[0]} undefined; give the node's price in dollars per hour, or another metric",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _goodput_has_slos(self) -> Self:
+        for metric in self.objectives:
+            if metric.startswith("goodput") and not self.slos:
+                raise KeyProblemError(
+                    "slos", f"missing, and objective {metric} counts requests that meet them; give at least one SLO"
+                )
+        return self
+
+
+def _has_option(engine: str, name: str) -> bool:
+    return any(parameter.name == name for parameter in engine_spec(engine).parameters)
+
+
+def _check_option(engine: str, name: str, values: Iterable[OptionValue], *, key: str) -> None:
+    try:
+        parameter = engine_spec(engine).parameter(name)
+    except InvalidValueError as error:
+        raise KeyProblemError(key, str(error)) from error
+    for value in values:
+        if not parameter.accepts(value):
+            listed = ", ".join(map(str, parameter.choices))
+            raise KeyProblemError(key, f"{value!r} is no choice of {name} ({parameter.meaning}); choose {listed}")

@@ -1,0 +1,106 @@
+"""llama.cpp as an engine: what to launch for a replica or a router, and what their ends mean."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+from cluster.engines.base import LaunchCommand, ReplicaSpec, RouterSpec
+from cluster.engines.gguf_model import write_model
+from cluster.engines.llamacpp_server import Exit
+from search_spaces.engines.llamacpp import LLAMACPP
+from search_spaces.errors import InvalidValueError, require
+from search_spaces.model import ModelSpec
+from search_spaces.outcome import FailureReason
+from search_spaces.serving import OptionValue, Pool
+
+CONTEXT_MARGIN = 8
+"""Tokens of context beyond the longest request: a start-of-text token, and one position that llama.cpp keeps free."""
+SIGKILL = -9
+_OUT_OF_MEMORY_SIGNS = ("out of memory", "failed to allocate", "bad_alloc", "cannot allocate memory", "MemoryError")
+
+
+class LlamaCppBackend:
+    """The embedded engine; see `cluster.engines.base.EngineBackend`."""
+
+    name = "llamacpp"
+
+    def prepare(self, model: ModelSpec, directory: Path) -> ModelSpec:
+        """Write a random-weight GGUF where the model names no file; raises `InvalidValueError` for a bad file."""
+        path = write_model(model, directory) if model.source is None else Path(model.source)
+        _check_is_gguf(path)
+        return replace(model, source=str(path.resolve()))
+
+    def replica_command(self, replica: ReplicaSpec) -> LaunchCommand:
+        """A process with llama.cpp's server; raises `InvalidValueError` where the model was not prepared."""
+        if replica.model.source is None:
+            raise InvalidValueError(f"model {replica.model.name!r} has no source; call prepare() first")
+        pool, model = replica.pool, replica.model
+        spec = {
+            "model_path": model.source,
+            "model_name": model.name,
+            "host": replica.host,
+            "port": replica.port,
+            "slots": _option(pool, "max_num_seqs"),
+            "context_per_slot": replica.workload.longest_context + CONTEXT_MARGIN,
+            "batch_size": _option(pool, "batch_size"),
+            "ubatch_size": _option(pool, "ubatch_size"),
+            "kv_cache_dtype": _option(pool, "kv_cache_dtype"),
+            "flash_attention": _option(pool, "flash_attention"),
+            "threads": pool.devices_per_replica,
+            "cores": replica.device_ids,
+            "reuse_prompts": replica.workload.shared_prefix > 0,
+            "slot_dir": str(replica.shared_dir),
+            "kv_elements_per_token": sum(g.count * g.attention.kv_elements_per_token for g in model.layers),
+            "max_context": model.max_context,
+        }
+        return LaunchCommand(argv=(sys.executable, "-m", "cluster.engines.llamacpp_server", "--spec", json.dumps(spec)))
+
+    def router_command(self, router: RouterSpec) -> LaunchCommand:
+        """A process with the router: load balancing where aggregated, hand-over of slots where disaggregated."""
+        spec = {
+            "host": router.host,
+            "port": router.port,
+            "mixed_urls": router.mixed_urls,
+            "prefill_urls": router.prefill_urls,
+            "decode_urls": router.decode_urls,
+            "prefill_slots": _slots(router.prefill_pool),
+            "decode_slots": _slots(router.decode_pool),
+            "slot_dir": str(router.shared_dir),
+        }
+        return LaunchCommand(argv=(sys.executable, "-m", "cluster.router", "--spec", json.dumps(spec)))
+
+    def classify(self, exit_code: int | None, log_tail: str, *, ready: bool) -> FailureReason:
+        """Class of a failure; SIGKILL from outside is taken for the kernel's answer to exhausted memory."""
+        memory = FailureReason.OUT_OF_MEMORY_UNDER_LOAD if ready else FailureReason.OUT_OF_MEMORY_AT_BOOT
+        if exit_code is None:
+            return FailureReason.REQUESTS_FAILED if ready else FailureReason.STARTUP_TIMEOUT
+        if exit_code in (Exit.OUT_OF_MEMORY, SIGKILL) or any(sign in log_tail for sign in _OUT_OF_MEMORY_SIGNS):
+            return memory
+        return {
+            int(Exit.INVALID_OPTIONS): FailureReason.INVALID_FLAGS,
+            int(Exit.MODEL_NOT_LOADED): FailureReason.INVALID_FLAGS,
+            int(Exit.PORT_IN_USE): FailureReason.TRANSPORT,
+        }.get(exit_code, FailureReason.ENGINE_CRASH)
+
+    def version(self) -> str:
+        """Version of xllamacpp, which holds llama.cpp."""
+        return f"xllamacpp {version('xllamacpp')}"
+
+
+def _option(pool: Pool, name: str) -> OptionValue:
+    return pool.option(name, LLAMACPP.parameter(name).default)
+
+
+def _slots(pool: Pool | None) -> OptionValue:
+    return 0 if pool is None else _option(pool, "max_num_seqs")
+
+
+def _check_is_gguf(path: Path) -> None:
+    require(path.is_file(), f"the model file {path} does not exist; give a GGUF file, or none for random weights")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    require(magic == b"GGUF", f"the model file {path} starts with {magic!r}, not b'GGUF'; give a GGUF file")

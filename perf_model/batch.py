@@ -1,0 +1,52 @@
+"""What one engine step computes, as arrays: one element for each configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from perf_model.numeric import FloatArray, floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """The work of one step of one rank; arrays of one shape.
+
+    `prefill_tokens` prompt tokens of `prefill_seqs` sequences are computed, each of which already has
+    `prefill_context` tokens in its KV cache (chunked prefill, prefix caching). `decode_seqs` sequences decode one token
+    each and attend to `decode_context` tokens, the new one included.
+    """
+
+    prefill_tokens: FloatArray
+    prefill_seqs: FloatArray
+    prefill_context: FloatArray
+    decode_seqs: FloatArray
+    decode_context: FloatArray
+
+    @property
+    def tokens(self) -> FloatArray:
+        """Rows of the matrices that every layer multiplies."""
+        return self.prefill_tokens + self.decode_seqs
+
+    @property
+    def outputs(self) -> FloatArray:
+        """Rows whose logits are computed."""
+        return self.prefill_seqs + self.decode_seqs
+
+
+def step_batch(
+    *,
+    prefill_tokens: ArrayLike = 0.0,
+    prefill_seqs: ArrayLike = 0.0,
+    prefill_context: ArrayLike = 0.0,
+    decode_seqs: ArrayLike = 0.0,
+    decode_context: ArrayLike = 0.0,
+) -> StepBatch:
+    """A `StepBatch` whose fields are broadcast to one shape."""
+    arrays = np.broadcast_arrays(
+        *(floats(v) for v in (prefill_tokens, prefill_seqs, prefill_context, decode_seqs, decode_context))
+    )
+    names = ("prefill_tokens", "prefill_seqs", "prefill_context", "decode_seqs", "decode_context")
+    return StepBatch(**dict(zip(names, arrays, strict=True)))

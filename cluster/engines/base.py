@@ -31,7 +31,8 @@ class ReplicaSpec:
     """One replica to launch on a node.
 
     `device_ids` are the GPU indices, or the cores, that the replica may use; `work_dir` is its own folder, and
-    `shared_dir` one that all replicas of the deployment see (KV hand-over by file).
+    `shared_dir` one that all replicas of the deployment see (KV hand-over by file). `peer` is the other pool of a
+    disaggregated deployment, None where aggregated.
     """
 
     trial: str
@@ -44,6 +45,7 @@ class ReplicaSpec:
     device_ids: tuple[int, ...]
     work_dir: Path
     shared_dir: Path
+    peer: Pool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,13 +24,15 @@ from search_spaces.serving import canonical_key
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-    Matrix = np.ndarray[tuple[int, ...], np.dtype[np.float16]]
+    Matrix = np.ndarray[tuple[int, ...], np.dtype[np.floating]]
 
 BOS_TOKEN = 1
 EOS_TOKEN = 2
 FIRST_BYTE_TOKEN = 3
 FIRST_WORD_TOKEN = FIRST_BYTE_TOKEN + 256
 SMALLEST_VOCABULARY = 512
+_WEIGHT_TYPES: dict[float, type[np.floating]] = {16.0: np.float16, 32.0: np.float32}
+_FILE_TYPES = {16.0: 1, 32.0: 0}  # llama.cpp's numbers for "mostly f16" and "all f32"
 FORMAT = 1  # part of a file's key: raise it when the same ModelSpec is written differently
 
 
@@ -70,9 +72,9 @@ def _check_writable(model: ModelSpec) -> None:
         f"which a random-weight GGUF cannot hold: {remedy}",
     )
     require(
-        model.weight_bits == 16,
-        f"weight_bits={model.weight_bits} of model {model.name!r}: a random-weight GGUF holds 16 bits: "
-        f"set 16 or {remedy}",
+        model.weight_bits in _WEIGHT_TYPES,
+        f"weight_bits={model.weight_bits} of model {model.name!r}: a random-weight GGUF holds 16 or 32 bits: "
+        f"set one of them or {remedy}",
     )
     require(
         model.vocab_size >= SMALLEST_VOCABULARY,
@@ -98,7 +100,7 @@ def _write(model: ModelSpec, path: Path, seed: int) -> None:
 def _add_shape(writer: GGUFWriter, model: ModelSpec) -> None:
     layer = model.layers[0]
     writer.add_name(model.name)
-    writer.add_file_type(1)  # "mostly f16" in llama.cpp's enumeration of file types
+    writer.add_file_type(_FILE_TYPES[model.weight_bits])
     writer.add_vocab_size(model.vocab_size)
     writer.add_context_length(model.max_context)
     writer.add_embedding_length(model.hidden_size)
@@ -134,15 +136,27 @@ def _add_vocabulary(writer: GGUFWriter, size: int) -> None:
     writer.add_add_space_prefix(False)
 
 
-def _tensors(
-    model: ModelSpec, random: np.random.Generator
-) -> Iterator[tuple[str, np.ndarray[tuple[int, ...], np.dtype[np.floating]]]]:
+def _tensors(model: ModelSpec, random: np.random.Generator) -> Iterator[tuple[str, Matrix]]:
     """Name and weights of every tensor; matrices are [outputs, inputs], normal with variance 1 / inputs."""
+    norm = np.ones(model.hidden_size, dtype=np.float32)
+    dtype = _WEIGHT_TYPES[model.weight_bits]
+    for name, matrix in _embeddings(model, random):
+        yield name, matrix.astype(dtype)
+    yield "output_norm.weight", norm
+    shapes = _layer_shapes(model)
+    for index in range(model.num_layers):
+        yield f"blk.{index}.attn_norm.weight", norm
+        yield f"blk.{index}.ffn_norm.weight", norm
+        for name, shape in shapes.items():
+            yield f"blk.{index}.{name}.weight", _normal(random, shape).astype(dtype)
+
+
+def _layer_shapes(model: ModelSpec) -> dict[str, tuple[int, int]]:
     hidden, layer = model.hidden_size, model.layers[0]
     query = layer.attention.heads * layer.attention.head_dim
     key = layer.attention.kv_heads * layer.attention.head_dim
     inner = layer.feed_forward.intermediate_size
-    shapes = {
+    return {
         "attn_q": (query, hidden),
         "attn_k": (key, hidden),
         "attn_v": (key, hidden),
@@ -151,14 +165,6 @@ def _tensors(
         "ffn_up": (inner, hidden),
         "ffn_down": (hidden, inner),
     }
-    norm = np.ones(hidden, dtype=np.float32)
-    yield from _embeddings(model, random)
-    yield "output_norm.weight", norm
-    for index in range(model.num_layers):
-        yield f"blk.{index}.attn_norm.weight", norm
-        yield f"blk.{index}.ffn_norm.weight", norm
-        for name, shape in shapes.items():
-            yield f"blk.{index}.{name}.weight", _normal(random, shape)
 
 
 def _embeddings(model: ModelSpec, random: np.random.Generator) -> Iterator[tuple[str, Matrix]]:
@@ -173,5 +179,4 @@ def _embeddings(model: ModelSpec, random: np.random.Generator) -> Iterator[tuple
 
 
 def _normal(random: np.random.Generator, shape: tuple[int, int]) -> Matrix:
-    weights = random.standard_normal(shape, dtype=np.float32)
-    return (weights / np.float32(np.sqrt(shape[1]))).astype(np.float16)
+    return random.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(shape[1]))

@@ -9,13 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cluster.engines.base import LaunchCommand, ReplicaSpec, RouterSpec
+from cluster.engines.child_process import Exit
 from cluster.engines.gguf_model import write_model
-from cluster.engines.llamacpp_server import Exit
 from search_spaces.engines.llamacpp import LLAMACPP
 from search_spaces.errors import InvalidValueError, require
 from search_spaces.model import ModelSpec
 from search_spaces.outcome import FailureReason
-from search_spaces.serving import OptionValue, Pool
+from search_spaces.serving import OptionValue, Pool, Role
 
 CONTEXT_MARGIN = 8
 """Tokens of context beyond the longest request: a start-of-text token, and one position that llama.cpp keeps free."""
@@ -44,7 +44,7 @@ class LlamaCppBackend:
             "model_name": model.name,
             "host": replica.host,
             "port": replica.port,
-            "slots": _option(pool, "max_num_seqs"),
+            "slots": _allocated_slots(replica),
             "context_per_slot": replica.workload.longest_context + CONTEXT_MARGIN,
             "batch_size": _option(pool, "batch_size"),
             "ubatch_size": _option(pool, "ubatch_size"),
@@ -95,8 +95,21 @@ def _option(pool: Pool, name: str) -> OptionValue:
     return pool.option(name, LLAMACPP.parameter(name).default)
 
 
-def _slots(pool: Pool | None) -> OptionValue:
-    return 0 if pool is None else _option(pool, "max_num_seqs")
+def _allocated_slots(replica: ReplicaSpec) -> int:
+    """Slots of the replica: those of its pool, or of the peer pool where that has more.
+
+    A saved slot can only be restored by a replica with as many slots ("n_stream mismatch" otherwise). The router uses
+    no more than the pool's own; the others take KV memory, but no time.
+    """
+    if replica.pool.role is Role.MIXED:
+        return _slots(replica.pool)
+    if replica.peer is None:
+        raise InvalidValueError(f"a {replica.pool.role} replica of llama.cpp needs its peer pool; set ReplicaSpec.peer")
+    return max(_slots(replica.pool), _slots(replica.peer))
+
+
+def _slots(pool: Pool | None) -> int:
+    return 0 if pool is None else int(_option(pool, "max_num_seqs"))
 
 
 def _check_is_gguf(path: Path) -> None:

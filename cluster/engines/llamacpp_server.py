@@ -13,21 +13,18 @@ deployment that is measured twice would answer from its cache.
 
 from __future__ import annotations
 
-import argparse
 import os
 import resource
 import signal
 import socket
-import sys
 import threading
-from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal
 
 import psutil
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from cluster.engines.lifetime import die_with_parent, die_with_parent_thread
+from cluster.engines.child_process import Exit, die_with_parent, die_with_parent_thread, fail, read_spec
 
 if TYPE_CHECKING:
     import xllamacpp
@@ -37,15 +34,6 @@ BYTES_PER_ELEMENT: dict[KvCacheType, float] = {"f16": 2.0, "q8_0": 34 / 32, "f32
 """q8_0 holds blocks of 32 one-byte elements with a two-byte scale."""
 CONTEXT_STEP = 256
 """llama.cpp rounds the context of a slot up to a multiple of this many tokens."""
-
-
-class Exit(IntEnum):
-    """Exit codes (as in sysexits.h) with which a replica that cannot serve says why."""
-
-    INVALID_OPTIONS = 64
-    MODEL_NOT_LOADED = 66
-    PORT_IN_USE = 69
-    OUT_OF_MEMORY = 71
 
 
 class ServerSpec(BaseModel, frozen=True, extra="forbid"):
@@ -103,7 +91,7 @@ def main() -> None:
     """Serve until a signal ends the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the caller ends replicas
     die_with_parent_thread(True)
-    spec = _read_spec()
+    spec = read_spec(ServerSpec, "Serves one replica of llama.cpp.")
     if spec.cores:
         _pin(spec.cores)
     _check_files_and_port(spec)
@@ -116,51 +104,25 @@ def main() -> None:
     del server
 
 
-def _fail(code: Exit, message: str) -> NoReturn:
-    print(f"cannot serve ({code.name.lower()}): {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(code)
-
-
-def _read_spec() -> ServerSpec:
-    parser = argparse.ArgumentParser(description="Serves one replica of llama.cpp.")
-    parser.add_argument("--spec", required=True, help="a ServerSpec as JSON, or a file that holds it")
-    text: str = parser.parse_args().spec
-    try:
-        if not text.lstrip().startswith("{"):
-            text = Path(text).read_text(encoding="utf-8")
-        return ServerSpec.model_validate_json(text)
-    except OSError as error:
-        _fail(Exit.INVALID_OPTIONS, f"the file with the options cannot be read: {error}")
-    except ValidationError as error:
-        faults = (
-            f"{'.'.join(map(str, fault['loc'])) or 'options'}={fault['input']!r}: {fault['msg']}"
-            if fault["loc"]
-            else fault["msg"]
-            for fault in error.errors()
-        )
-        _fail(Exit.INVALID_OPTIONS, "; ".join(faults))
-
-
 def _pin(cores: tuple[int, ...]) -> None:
     try:
         os.sched_setaffinity(0, cores)
     except OSError as error:
         usable = sorted(os.sched_getaffinity(0))
-        _fail(Exit.INVALID_OPTIONS, f"cores={list(cores)} cannot be used ({error}); choose from {usable}")
+        fail(Exit.INVALID_OPTIONS, f"cores={list(cores)} cannot be used ({error}); choose from {usable}")
 
 
 def _check_files_and_port(spec: ServerSpec) -> None:
     if not spec.model_path.is_file():
-        _fail(Exit.MODEL_NOT_LOADED, f"the model file {spec.model_path} does not exist")
+        fail(Exit.MODEL_NOT_LOADED, f"the model file {spec.model_path} does not exist")
     if not spec.slot_dir.is_dir():
-        _fail(Exit.INVALID_OPTIONS, f"slot_dir={spec.slot_dir} is not a folder; create it first")
+        fail(Exit.INVALID_OPTIONS, f"slot_dir={spec.slot_dir} is not a folder; create it first")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((spec.host, spec.port))
         except OSError as error:
-            _fail(Exit.PORT_IN_USE, f"port {spec.port} of {spec.host} cannot be bound ({error}); choose another")
+            fail(Exit.PORT_IN_USE, f"port {spec.port} of {spec.host} cannot be bound ({error}); choose another")
 
 
 def available_memory_bytes() -> int:
@@ -183,7 +145,7 @@ def _check_memory(spec: ServerSpec) -> None:
     if limit != resource.RLIM_INFINITY:
         available = min(available, limit)
     if needed > available:
-        _fail(
+        fail(
             Exit.OUT_OF_MEMORY,
             f"out of memory: {spec.slots} slots of {spec.context_per_slot} tokens take {spec.kv_cache_bytes:.3g} bytes "
             f"of KV cache and the weights {weights:.3g}, but {available:.3g} are free; "
@@ -198,9 +160,9 @@ def _start(spec: ServerSpec) -> object:
     try:
         return xllamacpp.Server(_parameters(spec))
     except OverflowError:
-        _fail(Exit.OUT_OF_MEMORY, f"out of memory: a context of {spec.context_tokens} tokens is beyond llama.cpp")
+        fail(Exit.OUT_OF_MEMORY, f"out of memory: a context of {spec.context_tokens} tokens is beyond llama.cpp")
     except RuntimeError as error:
-        _fail(Exit.MODEL_NOT_LOADED, f"llama.cpp did not load {spec.model_path} ({error}); its reasons stand above")
+        fail(Exit.MODEL_NOT_LOADED, f"llama.cpp did not load {spec.model_path} ({error}); its reasons stand above")
 
 
 def _parameters(spec: ServerSpec) -> xllamacpp.CommonParams:

@@ -1,0 +1,33 @@
+"""Errors of studies: all name the value, the limit and the remedy."""
+
+from __future__ import annotations
+
+from search_spaces.errors import TunerError
+
+
+class StorageError(TunerError):
+    """A storage cannot be opened or used."""
+
+
+class StudyFormatError(StorageError):
+    """A stored study or trial cannot be read: another schema version, or a damaged attribute."""
+
+
+class StudyNotFoundError(TunerError):
+    """The storage holds no study of that name."""
+
+
+class StudyExistsError(TunerError):
+    """A study of that name exists already."""
+
+
+class StudyBusyError(TunerError):
+    """Another live process writes to the study."""
+
+
+class StudyFileChangedError(TunerError):
+    """A study was opened with another study file than it was made with; the text holds the difference."""
+
+
+class SpaceExhausted(TunerError):  # noqa: N818 - the signal that a search has an end, which the loop expects
+    """Every candidate of the space has been measured, is being measured, or cannot run."""

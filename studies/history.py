@@ -1,0 +1,121 @@
+"""The read side of a study: what is stored, decoded. It needs neither the search space nor a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+import optuna
+from optuna.study import StudyDirection
+from optuna.trial import TrialState as OptunaState
+
+from search_spaces.metrics import Direction
+from studies.errors import StudyFormatError, StudyNotFoundError
+from studies.records import SCHEMA, TrialRecord, decode_trial
+from studies.storage import Storage
+
+STUDY_FILE, STUDY_HASH, STUDY_SCHEMA = "study_file", "study_file_sha256", "schema"
+POPULATION, COORDINATOR = "population_size", "coordinator"
+_FINISHED = (OptunaState.COMPLETE, OptunaState.FAIL, OptunaState.PRUNED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySummary:
+    """A study at a glance: trials measured, failed through their configuration, lost, and open (waiting or running)."""
+
+    name: str
+    objectives: tuple[str, ...]
+    measured: int
+    failed: int
+    lost: int
+    open: int
+    started_at: datetime | None
+
+
+class StudyHistory:
+    """Reads one study. Raises `StudyNotFoundError`, or `StudyFormatError` for one that tuner did not write."""
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self.name = name
+        self.storage = storage
+        self._study = load_optuna_study(storage, name)
+        version = self._study.user_attrs.get(STUDY_SCHEMA)
+        if version != SCHEMA:
+            raise StudyFormatError(
+                f"study {name!r} has schema {version}, this version of tuner reads {SCHEMA}; "
+                "open it with the version that wrote it, or choose another study"
+            )
+        self._decoded: dict[int, TrialRecord] = {}
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names of the objective metrics."""
+        return tuple(self._study.metric_names or ())
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """Better direction of each objective."""
+        maximize = StudyDirection.MAXIMIZE
+        return tuple(Direction.MAXIMIZE if d == maximize else Direction.MINIMIZE for d in self._study.directions)
+
+    @property
+    def population(self) -> int:
+        """Trials of one generation."""
+        return int(self._study.user_attrs[POPULATION])
+
+    @property
+    def study_file(self) -> str:
+        """The resolved study file that the study was made with."""
+        return str(self._study.user_attrs[STUDY_FILE])
+
+    def trials(self) -> tuple[TrialRecord, ...]:
+        """All trials by number. Finished ones never change and are decoded once."""
+        return tuple(self._record(trial) for trial in self._study.get_trials(deepcopy=False))
+
+    def _record(self, trial: optuna.trial.FrozenTrial) -> TrialRecord:
+        if trial.number in self._decoded:
+            return self._decoded[trial.number]
+        record = decode_trial(trial)
+        if trial.state in _FINISHED:
+            self._decoded[trial.number] = record
+        return record
+
+    def summary(self) -> StudySummary:
+        """Counts and names."""
+        trials = self.trials()
+        count = {status: sum(trial.status == status for trial in trials) for status in ("measured", "failed", "lost")}
+        return StudySummary(
+            name=self.name,
+            objectives=self.objectives,
+            measured=count["measured"],
+            failed=count["failed"],
+            lost=count["lost"],
+            open=len(trials) - sum(count.values()),
+            started_at=min((trial.started_at for trial in trials if trial.started_at), default=None),
+        )
+
+
+def study_names(storage: Storage) -> tuple[str, ...]:
+    """Names of all studies in `storage`, those of other programs included."""
+    return tuple(optuna.get_all_study_names(storage.backend))
+
+
+def summaries(storage: Storage) -> tuple[StudySummary, ...]:
+    """Summaries of the studies that tuner wrote; others in the same storage are left out."""
+    return tuple(StudyHistory(storage, name).summary() for name in study_names(storage) if _is_ours(storage, name))
+
+
+def _is_ours(storage: Storage, name: str) -> bool:
+    return load_optuna_study(storage, name).user_attrs.get(STUDY_SCHEMA) == SCHEMA
+
+
+def load_optuna_study(
+    storage: Storage, name: str, sampler: optuna.samplers.BaseSampler | None = None
+) -> optuna.study.Study:
+    """Optuna's own view of the study; raises `StudyNotFoundError` with the names there are."""
+    try:
+        reader = sampler or optuna.samplers.RandomSampler()
+        return optuna.load_study(study_name=name, storage=storage.backend, sampler=reader)
+    except KeyError as error:
+        known = ", ".join(study_names(storage)) or "none"
+        raise StudyNotFoundError(f"storage {storage.url} has no study {name!r}; it has: {known}") from error

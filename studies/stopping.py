@@ -1,0 +1,85 @@
+"""When a study ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from search_spaces.errors import require
+from search_spaces.outcome import FailureReason
+from studies.records import TrialRecord, TrialStatus
+
+
+class StopReason(StrEnum):
+    """Why a study ended."""
+
+    TRIALS = "the budget of trials is used"
+    WALL_TIME = "the budget of wall time is used"
+    SPACE_EXHAUSTED = "every candidate has been measured"
+    INFRASTRUCTURE = "too many faults of the infrastructure in a row"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Limits of a study: finished trials over its whole life, wall time of this run, lost trials in a row."""
+
+    trials: int
+    wall_s: float | None = None
+    lost_in_a_row: int = 10
+
+    def __post_init__(self) -> None:
+        require(self.trials >= 1, f"budget trials={self.trials} must be at least 1")
+        require(self.wall_s is None or self.wall_s > 0, f"budget wall_s={self.wall_s} must be above 0")
+        require(self.lost_in_a_row >= 1, f"lost_in_a_row={self.lost_in_a_row} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a study is. `lost_in_a_row` counts the lost trials since the last finished one, by number."""
+
+    finished: int
+    running: int
+    waiting: int
+    lost: int
+    lost_in_a_row: int
+
+
+def progress_of(trials: Sequence[TrialRecord]) -> Progress:
+    """Counts over all trials of a study."""
+    in_a_row = 0
+    for trial in trials:
+        if trial.is_finished:
+            in_a_row = 0
+        elif trial.status is TrialStatus.LOST and not _lost_its_coordinator(trial):
+            in_a_row += 1
+    return Progress(
+        finished=sum(trial.is_finished for trial in trials),
+        running=sum(trial.status is TrialStatus.RUNNING for trial in trials),
+        waiting=sum(trial.status is TrialStatus.WAITING for trial in trials),
+        lost=sum(trial.status is TrialStatus.LOST for trial in trials),
+        lost_in_a_row=in_a_row,
+    )
+
+
+def stop_reason(
+    budget: Budget, progress: Progress, *, elapsed_s: float, space_exhausted: bool = False
+) -> StopReason | None:
+    """Why no further trial may be asked for, None where one may.
+
+    Running trials count towards the budget of trials, so that it is met exactly; a stop for that reason means: wait for
+    those, and ask again if one of them is lost.
+    """
+    if progress.finished + progress.running >= budget.trials:
+        return StopReason.TRIALS
+    if budget.wall_s is not None and elapsed_s >= budget.wall_s:
+        return StopReason.WALL_TIME
+    if progress.lost_in_a_row >= budget.lost_in_a_row:
+        return StopReason.INFRASTRUCTURE
+    if space_exhausted and progress.waiting == 0:
+        return StopReason.SPACE_EXHAUSTED
+    return None
+
+
+def _lost_its_coordinator(trial: TrialRecord) -> bool:
+    return trial.failure is None or trial.failure.reason is FailureReason.LOST_COORDINATOR

@@ -1,0 +1,152 @@
+"""Opening Optuna storages by URL.
+
+Accepted: any SQLAlchemy URL that Optuna takes (`sqlite:///study.db`, `postgresql://...`, `mysql+pymysql://...`) and a
+journal file, as `journal:///path` or as the plain path of a file that ends in `.journal` or `.log` (as the dashboard
+takes it). Passwords are never shown.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
+from optuna.storages.journal import JournalFileBackend
+from sqlalchemy import URL, Engine, event, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from studies.errors import StorageError
+
+JOURNAL_PREFIX = "journal://"
+JOURNAL_SUFFIXES = (".journal", ".log")
+SQLITE_WAIT_S = 60
+_SECRET_KEYS = re.compile(r"(password|passwd|pwd|secret|token)", re.IGNORECASE)
+_DRIVERS = {
+    "postgresql": "install it with: pip install 'tuner[postgresql]'",
+    "mysql": "install one and name it, such as mysql+pymysql:// with: pip install pymysql",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """An open storage. `url` is fit to be shown; `dashboard_url` is what optuna-dashboard takes, secrets included."""
+
+    url: str
+    dashboard_url: str
+    backend: BaseStorage
+
+
+def open_storage(url: str) -> Storage:
+    """Open `url`, making its parent folder and its tables; raises `StorageError` with the remedy.
+
+    Optuna's own log is lowered to warnings: progress is the caller's to show.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    path = _journal_path(url)
+    if path is not None:
+        return _open_journal(path)
+    return _open_database(url)
+
+
+def default_storage_url(directory: Path) -> str:
+    """The SQLite database that a study uses unless its file names another storage."""
+    return f"sqlite:///{directory / 'studies.db'}"
+
+
+def masked(url: str) -> str:
+    """`url` without its secrets."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        return re.sub(r"//[^/@]*@", "//***@", url)
+    query = {key: "***" if _SECRET_KEYS.search(key) else value for key, value in parsed.query.items()}
+    return parsed.set(query=query).render_as_string(hide_password=True)
+
+
+def _journal_path(url: str) -> Path | None:
+    if url.startswith(JOURNAL_PREFIX):
+        return Path(url.removeprefix(JOURNAL_PREFIX))
+    return Path(url) if "://" not in url and url.endswith(JOURNAL_SUFFIXES) else None
+
+
+def _open_journal(path: Path) -> Storage:
+    _make_folder(path)
+    try:
+        backend = JournalStorage(JournalFileBackend(str(path)))
+    except OSError as error:
+        raise StorageError(
+            f"journal file {path} cannot be opened ({error.strerror}); choose a writable path"
+        ) from error
+    except ValueError as error:
+        raise StorageError(f"{path} is no journal of Optuna ({error}); choose another file") from error
+    return Storage(url=f"{JOURNAL_PREFIX}{path}", dashboard_url=str(path), backend=backend)
+
+
+def _open_database(url: str) -> Storage:
+    parsed = _parse(url)
+    shown = masked(url)
+    is_sqlite = parsed.get_backend_name() == "sqlite"
+    if is_sqlite and parsed.database not in (None, "", ":memory:"):
+        _make_folder(Path(str(parsed.database)))
+    kwargs = {"connect_args": {"timeout": SQLITE_WAIT_S}} if is_sqlite else {"pool_pre_ping": True}
+    template_safe = url.replace("{", "{{").replace("}", "}}")  # Optuna formats the URL; a password may hold braces
+    try:
+        database = RDBStorage(template_safe, engine_kwargs=kwargs)
+    except ImportError as error:
+        raise StorageError(f"no driver for storage {shown}; {_driver_remedy(parsed)}") from error
+    except (SQLAlchemyError, RuntimeError, optuna.exceptions.OptunaError) as error:
+        cause = _without_secrets(str(error.__cause__ or error), parsed)
+        raise StorageError(f"storage {shown} cannot be opened: {cause}; check address, name and rights") from error
+    if is_sqlite:
+        _tune_sqlite(database.engine)
+    return Storage(url=shown, dashboard_url=url, backend=get_storage(database))
+
+
+def _parse(url: str) -> URL:
+    remedy = "give an URL such as sqlite:///studies.db, postgresql://user@host/name or journal:///studies.journal"
+    try:
+        parsed = make_url(url)
+        parsed.get_dialect()
+    except NoSuchModuleError as error:
+        raise StorageError(f"storage {masked(url)} names an unknown database; {remedy}") from error
+    except (ArgumentError, ValueError) as error:
+        raise StorageError(f"storage {masked(url)!r} is no storage URL; {remedy}") from error
+    return parsed
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"folder {path.parent} cannot be made ({error.strerror}); choose a writable path") from error
+
+
+def _driver_remedy(url: URL) -> str:
+    return _DRIVERS.get(url.get_backend_name(), "install the driver that SQLAlchemy names for it")
+
+
+def _without_secrets(text: str, url: URL) -> str:
+    first_line = text.strip().splitlines()[0] if text.strip() else "no reason given"
+    secrets = [str(url.password)] if url.password else []
+    secrets += [str(value) for key, value in url.query.items() if _SECRET_KEYS.search(key)]
+    for secret in secrets:
+        first_line = first_line.replace(secret, "***")
+    return first_line
+
+
+def _tune_sqlite(engine: Engine) -> None:
+    """Write-ahead log, so that a dashboard reads while the study writes, and one sync per checkpoint.
+
+    A killed process loses nothing; a power cut may lose the last transactions, never consistency
+    (https://www.sqlite.org/pragma.html#pragma_synchronous).
+    """
+
+    @event.listens_for(engine, "connect")
+    def _set_pragmas(connection: sqlite3.Connection, _record: object) -> None:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    engine.dispose()  # connections opened before the listener was there are replaced

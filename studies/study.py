@@ -1,0 +1,486 @@
+"""Ask and tell: the one write path to a study's storage.
+
+    setup = StudySetup(name=..., problem=..., space=..., study_file=text, directory=path, seed=1, budget_trials=40)
+    study = create_study(storage, setup)            # or open_study(storage, setup) to go on with it
+    study.reconcile()                               # once, before the first ask: settles what a dead coordinator left
+    proposal = study.ask(warm=runner.warm())        # raises SpaceExhausted at the end of the space
+    record = study.tell(proposal, outcome)          # Measurement or Failure; faults of the infrastructure are retried
+    study.release(proposal)                         # given back unmeasured (the user stopped); proposed again on resume
+    study.trials(), study.front(), study.hypervolume_history(), study.progress(), study.screened_out
+    study.close()
+
+One process writes (a second live one on the same host is refused); workers never open the storage. Every step leaves
+the storage so that `reconcile` can finish or repeat it exactly once after a `kill -9`:
+
+- asked, nothing told: the trial is failed as lost and the same candidate waits again, with `retry_of`;
+- outcome written, state not yet: the trial is finished from the stored outcome, and not measured again;
+- failed as lost, not yet waiting again: it is put back.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import os
+import socket
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+import optuna
+import psutil
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+from optuna.study import StudyDirection
+from optuna.trial import TrialState as OptunaState
+
+from search_spaces.errors import require
+from search_spaces.metrics import Direction
+from search_spaces.outcome import Failure, FailureReason, Measurement, Outcome
+from search_spaces.problem import Problem
+from search_spaces.rules import infeasibility
+from search_spaces.serving import Candidate, ServingConfig
+from search_spaces.space import Space
+from studies import pareto
+from studies.codec import Json, to_json
+from studies.constraints import constraint_names, failed_violations, measured_violations, write_constraints
+from studies.errors import StudyBusyError, StudyExistsError, StudyFileChangedError
+from studies.history import (
+    COORDINATOR,
+    POPULATION,
+    STUDY_FILE,
+    STUDY_HASH,
+    STUDY_SCHEMA,
+    StudyHistory,
+    load_optuna_study,
+)
+from studies.predictions import PredictionLog
+from studies.records import (
+    METRICS,
+    OUTCOME,
+    PROPOSAL,
+    SCHEMA,
+    STATUS,
+    VIOLATIONS,
+    Origin,
+    Plan,
+    Proposal,
+    TrialRecord,
+    TrialStatus,
+    decode_plan,
+    encode_outcome,
+    encode_plan,
+)
+from studies.samplers import ScreenedBreeding, make_sampler, population_size
+from studies.screen import Choice, Predict, Request, Screen
+from studies.stopping import Progress, progress_of
+from studies.storage import Storage
+
+MAX_ATTEMPTS = 3
+MAX_LOSSES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySetup:
+    """What a study is about.
+
+    `study_file` is the text of the resolved study file, stored with the study. `directory` receives `artifacts/` and
+    `predictions/`. `budget_trials` and `in_flight` (trials at once) set the population. Without `predict` the search is
+    plain NSGA-II.
+    """
+
+    name: str
+    problem: Problem
+    space: Space
+    study_file: str
+    directory: Path
+    seed: int
+    budget_trials: int
+    in_flight: int = 1
+    predict: Predict | None = None
+    seeds: tuple[Candidate, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        require(bool(self.name.strip()), "the study has no name; give one")
+        require(self.budget_trials >= 1, f"budget_trials={self.budget_trials} must be at least 1")
+        require(self.in_flight >= 1, f"in_flight={self.in_flight} must be at least 1")
+
+    @property
+    def artifact_dir(self) -> Path:
+        """Folder of the artefacts, as optuna-dashboard takes it with `--artifact-dir`."""
+        return self.directory / "artifacts"
+
+
+def create_study(storage: Storage, setup: StudySetup) -> Study:
+    """Make the study; raises `StudyExistsError` where the name is taken."""
+    directions = [StudyDirection[objective.direction.name] for objective in setup.problem.objectives]
+    try:
+        optuna.create_study(storage=storage.backend, study_name=setup.name, directions=directions)
+    except optuna.exceptions.DuplicatedStudyError as error:
+        raise StudyExistsError(
+            f"storage {storage.url} has a study {setup.name!r} already; resume it or choose another name"
+        ) from error
+    return Study(storage, setup)
+
+
+def open_study(storage: Storage, setup: StudySetup) -> Study:
+    """Go on with a study.
+
+    Raises `StudyNotFoundError`, `StudyFileChangedError` where it was made with another study file, and
+    `StudyBusyError` where another live process of this host writes to it.
+    """
+    return Study(storage, setup)
+
+
+class Study:
+    """A study open for writing; make one with `create_study` or `open_study`."""
+
+    def __init__(self, storage: Storage, setup: StudySetup) -> None:
+        self.setup = setup
+        self._backend = storage.backend
+        self._initialise(load_optuna_study(storage, setup.name))
+        self._study_id = storage.backend.get_study_id_from_name(setup.name)
+        self.history = StudyHistory(storage, setup.name)
+        _check_study_file(self.history.study_file, setup)
+        self._log = PredictionLog(setup.directory / "predictions")
+        self._screen = Screen(setup.problem, setup.space, setup.seed, setup.predict, self._log)
+        self._breeding = ScreenedBreeding(setup.space, self._screen, self.history.population)
+        self._sampler = make_sampler(setup.seed, self.history.population, self._breeding)
+        self._study = load_optuna_study(storage, setup.name, self._sampler)
+        self._artifacts = FileSystemArtifactStore(setup.artifact_dir)
+        self._claim()
+        self._enqueue_first()
+
+    def _initialise(self, study: optuna.Study) -> None:
+        """Write what belongs to the study itself. The schema goes last: without it nothing here has happened."""
+        if STUDY_SCHEMA in study.user_attrs or study.get_trials(deepcopy=False):
+            return
+        setup = self.setup
+        with warnings.catch_warnings():  # the names are what the dashboard shows; the call is marked experimental
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([objective.metric for objective in setup.problem.objectives])
+        study.set_user_attr(STUDY_FILE, setup.study_file)
+        study.set_user_attr(STUDY_HASH, hashlib.sha256(setup.study_file.encode()).hexdigest())
+        study.set_user_attr(POPULATION, population_size(setup.budget_trials, setup.in_flight))
+        study.set_user_attr(STUDY_SCHEMA, SCHEMA)
+
+    def _claim(self) -> None:
+        """Become the study's coordinator unless another live process of this host is."""
+        holder = self._study.user_attrs.get(COORDINATOR)
+        if isinstance(holder, dict) and holder["host"] == socket.gethostname() and _is_another(holder):
+            raise StudyBusyError(
+                f"process {holder['pid']} on this host writes to study {self.setup.name!r}; "
+                "wait for it, stop it, or choose another study"
+            )
+        created = psutil.Process().create_time()
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "created": created}
+        self._study.set_user_attr(COORDINATOR, me)
+
+    def _enqueue_first(self) -> None:
+        """Queue the default configurations of every engine and mode, then the given seeds, each once."""
+        known = self._keys()
+        for candidate in self._defaults():
+            known = self._enqueue_unless(candidate, Origin.DEFAULT, known)
+        for candidate in self.setup.seeds:
+            known = self._enqueue_unless(candidate, Origin.SEED, known)
+
+    def _defaults(self) -> list[Candidate]:
+        space = self.setup.space
+        found = [space.default(mode, engine) for engine in space.engines for mode in space.modes]
+        return [candidate for candidate in found if infeasibility(candidate, self.setup.problem) is None]
+
+    def _enqueue_unless(self, candidate: Candidate, origin: Origin, known: set[str]) -> set[str]:
+        key = candidate.key
+        if key not in known:
+            self._enqueue(Plan(candidate=candidate, key=key, origin=origin))
+        return known | {key}
+
+    def _enqueue(self, plan: Plan) -> None:
+        """One write: the trial waits with all its parameters and its plan, or is not there at all."""
+        genotype = self.setup.space.encode(plan.candidate)
+        self._study.enqueue_trial(dict(genotype), user_attrs={PROPOSAL: encode_plan(plan)})
+
+    def _keys(self) -> set[str]:
+        """Keys that must not be proposed: everything that waits, runs, is finished, or was given up."""
+        return {trial.key for trial in self.trials() if trial.key is not None}
+
+    # ------------------------------------------------------------------------------------------------ reading
+
+    def trials(self) -> tuple[TrialRecord, ...]:
+        """All trials by number."""
+        return self.history.trials()
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """Better direction of each objective."""
+        return tuple(objective.direction for objective in self.setup.problem.objectives)
+
+    def front(self) -> tuple[TrialRecord, ...]:
+        """The Pareto front of the feasible measured trials."""
+        return pareto.front(self.trials(), self.directions)
+
+    def hypervolume_history(self) -> tuple[pareto.HypervolumePoint, ...]:
+        """Hypervolume after each finished trial, against the reference point of all of them."""
+        return pareto.hypervolume_history(self.trials(), self.directions)
+
+    def progress(self) -> Progress:
+        """Counts of trials by state."""
+        return progress_of(self.trials())
+
+    @property
+    def screened_out(self) -> int:
+        """Candidates that the screen has turned down so far."""
+        return self._log.count
+
+    # ------------------------------------------------------------------------------------------------ asking
+
+    def ask(self, warm: Sequence[ServingConfig] = ()) -> Proposal:
+        """The next candidate to measure; `warm` are the configurations whose deployments are up.
+
+        What waits goes first: defaults, seeds, repeats. Raises `SpaceExhausted` when nothing is left to propose.
+        """
+        trials = self.trials()
+        tried = {trial.key for trial in trials if trial.key is not None}
+        request = Request(number=len(trials), trials=trials, tried=tried, warm=tuple(warm))
+        if not any(trial.status is TrialStatus.WAITING for trial in trials):
+            self._screen.require_untried(tried, request.number)
+            if self._is_first_generation():
+                self._enqueue(_plan(self._screen.choose_seed(request)))
+        return self._begin(request)
+
+    def _is_first_generation(self) -> bool:
+        """True until Optuna has a full first generation to breed from."""
+        population = self.history.population
+        return len(self._sampler.get_population(self._study, 0)) < population
+
+    def _begin(self, request: Request) -> Proposal:
+        trial = self._study.ask()
+        stored = trial.user_attrs.get(PROPOSAL)
+        if stored is None:
+            self._breeding.expect(request)
+        _ = trial.relative_params  # gives the trial its generation, a queued one too, and breeds for one that is not
+        choice = self._breeding.take()
+        for parameter in self.setup.space.parameters:
+            trial.suggest_categorical(parameter.name, parameter.choices)
+        plan = self._queued_plan(decode_plan(stored)) if stored is not None else self._new_plan(trial, choice)
+        if stored is None and plan.key in request.tried:
+            self._study.tell(trial, state=OptunaState.FAIL)
+            return self.ask(request.warm)
+        trial.set_user_attr(PROPOSAL, encode_plan(plan))
+        trial.set_user_attr(STATUS, TrialStatus.RUNNING.value)
+        return _proposal(trial.number, plan)
+
+    def _queued_plan(self, plan: Plan) -> Plan:
+        """A plan that waited, predicted with what the model knows now."""
+        return replace(plan, prediction=self._screen.predict_one(plan.candidate))
+
+    def _new_plan(self, trial: optuna.Trial, choice: Choice | None) -> Plan:
+        """The plan of what was bred; parameters that another program queued win over it, as a seed."""
+        candidate = self.setup.space.decode(trial.params)
+        if choice is not None and choice.candidate == candidate:
+            return _plan(choice)
+        return self._queued_plan(Plan(candidate=candidate, key=candidate.key, origin=Origin.SEED))
+
+    # ------------------------------------------------------------------------------------------------ telling
+
+    def tell(self, proposal: Proposal, outcome: Outcome) -> TrialRecord:
+        """Record what became of `proposal`, artefacts included, and return the trial as stored.
+
+        A failure of the infrastructure makes the trial lost and queues its candidate again, up to `MAX_ATTEMPTS` tries.
+        """
+        checked = self._checked(outcome)
+        trial_id = self._trial_id(proposal.trial_number)
+        ids = self._upload(trial_id, checked)
+        self._backend.set_trial_user_attr(trial_id, OUTCOME, encode_outcome(checked, ids))
+        self._finish(proposal.trial_number, checked)
+        return self._record(proposal.trial_number)
+
+    def release(self, proposal: Proposal) -> TrialRecord:
+        """Give `proposal` back unmeasured: its trial is lost, and its candidate waits without a try being counted."""
+        failure = Failure(reason=FailureReason.LOST_COORDINATOR, detail="the study was stopped before the measurement")
+        self._lose(proposal.trial_number, failure)
+        self._requeue(self._record(proposal.trial_number), counted=False)
+        return self._record(proposal.trial_number)
+
+    def _checked(self, outcome: Outcome) -> Outcome:
+        """`outcome`, or the failure it amounts to where an objective or an SLO metric is missing or not finite."""
+        if isinstance(outcome, Failure):
+            return outcome
+        metrics = outcome.metrics.flat()
+        problem = self.setup.problem
+        needed = {objective.metric for objective in problem.objectives} | {slo.metric for slo in problem.slos}
+        bad = {name: metrics.get(name) for name in sorted(needed) if not math.isfinite(metrics.get(name, math.nan))}
+        if not bad:
+            return outcome
+        shown = ", ".join(f"{name}={'absent' if value is None else value}" for name, value in bad.items())
+        return Failure(
+            reason=FailureReason.REQUESTS_FAILED,
+            detail=f"the measurement gives no finite value of {shown}",
+            artifacts=outcome.artifacts,
+            timings_s=outcome.timings_s,
+            environment=outcome.environment,
+        )
+
+    def _upload(self, trial_id: int, outcome: Outcome) -> dict[str, str]:
+        """Copy the artefacts to where the dashboard finds them; a file that is gone is noted as `missing`."""
+        self.setup.artifact_dir.mkdir(parents=True, exist_ok=True)
+        trial = self._backend.get_trial(trial_id)
+        ids = {}
+        for name, path in outcome.artifacts.items():
+            ids[name] = "missing"
+            if Path(path).is_file():
+                ids[name] = upload_artifact(
+                    artifact_store=self._artifacts, file_path=path, study_or_trial=trial, storage=self._backend
+                )
+        return ids
+
+    def _finish(self, number: int, outcome: Outcome) -> None:
+        """Bring a running trial whose outcome is stored to its end. Repeating it after a crash does no harm."""
+        if isinstance(outcome, Measurement):
+            metrics = outcome.metrics.flat()
+            violations = measured_violations(self.setup.problem.slos, metrics)
+            values = [metrics[objective.metric] for objective in self.setup.problem.objectives]
+            self._set(number, METRICS, to_json(metrics))
+            self._complete(number, TrialStatus.MEASURED, values, violations)
+        elif outcome.retryable:
+            self._lose(number, outcome)
+            self._requeue(self._record(number), counted=True)
+        else:
+            violations = failed_violations([trial.violations for trial in self.trials() if trial.is_finished])
+            self._complete(number, TrialStatus.FAILED, self._pessimistic_values(number), violations)
+
+    def _complete(
+        self, number: int, status: TrialStatus, values: Sequence[float], violations: dict[str, float]
+    ) -> None:
+        self._set(number, VIOLATIONS, to_json(violations))
+        self._set(number, STATUS, status.value)
+        names = constraint_names(self.setup.problem.slos)
+        write_constraints(self._backend, self._trial_id(number), names, violations)
+        self._study.tell(number, list(values))
+
+    def _lose(self, number: int, failure: Failure) -> None:
+        trial_id = self._trial_id(number)
+        if OUTCOME not in self._backend.get_trial(trial_id).user_attrs:
+            self._backend.set_trial_user_attr(trial_id, OUTCOME, encode_outcome(failure, {}))
+        self._set(number, STATUS, TrialStatus.LOST.value)
+        self._study.tell(number, state=OptunaState.FAIL)
+
+    def _pessimistic_values(self, number: int) -> list[float]:
+        """Objective values of a configuration that gave none: the worst measured, else predicted, else 0.
+
+        Optuna needs finite numbers. Domination never reads them, since the constraint `started_and_held` is violated;
+        fronts and hypervolumes leave the trial out. The worst measured value keeps scatter plots readable, and keeps
+        the trial off the lists of best trials of programs that do not know constraints.
+        """
+        measured = [trial.values for trial in self.trials() if trial.values is not None]
+        if measured:
+            worst = pareto.worst_values(measured, self.directions)
+            return [float(value) for value in worst]
+        prediction = self._record(number).prediction
+        known = prediction.metrics if prediction else {}
+        return [float(known.get(objective.metric, 0.0)) for objective in self.setup.problem.objectives]
+
+    def _requeue(self, lost: TrialRecord, *, counted: bool) -> None:
+        """Queue the candidate of a lost trial again unless that has happened or its tries are used up."""
+        if lost.candidate is None or lost.key is None or lost.origin is None:
+            return
+        if any(trial.retry_of == lost.number for trial in self.trials()):
+            return
+        by_coordinator = lost.failure is None or lost.failure.reason is FailureReason.LOST_COORDINATOR
+        attempt = lost.attempt + int(counted and not by_coordinator)
+        losses = lost.losses + int(counted and by_coordinator)
+        if attempt > MAX_ATTEMPTS or losses > MAX_LOSSES:
+            return
+        self._enqueue(
+            Plan(
+                candidate=lost.candidate,
+                key=lost.key,
+                origin=lost.origin,
+                attempt=attempt,
+                losses=losses,
+                retry_of=lost.number,
+            )
+        )
+
+    # ------------------------------------------------------------------------------------------------ after a crash
+
+    def reconcile(self) -> tuple[TrialRecord, ...]:
+        """Settle what a dead coordinator left, exactly once, and return the trials that were touched.
+
+        Call it before the first `ask`: every running trial is taken for one that nobody measures any more.
+        """
+        touched = []
+        for trial in self.trials():
+            if trial.status is TrialStatus.RUNNING:
+                self._settle(trial)
+                touched.append(trial.number)
+        for trial in self.trials():
+            if trial.status is TrialStatus.LOST:
+                self._requeue(trial, counted=True)
+        after = self.trials()
+        return tuple(after[number] for number in touched)
+
+    def _settle(self, trial: TrialRecord) -> None:
+        """End a trial that its coordinator left running: from its stored outcome, else as lost."""
+        if trial.outcome is not None:
+            self._finish(trial.number, trial.outcome)
+        else:
+            detail = "the coordinator ended while the candidate was being measured"
+            self._lose(trial.number, Failure(reason=FailureReason.LOST_COORDINATOR, detail=detail))
+
+    def close(self) -> None:
+        """Write what is buffered and let others write to the study."""
+        self._log.flush()
+        self._study.set_user_attr(COORDINATOR, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _record(self, number: int) -> TrialRecord:
+        return self.trials()[number]
+
+    def _trial_id(self, number: int) -> int:
+        return self._backend.get_trial_id_from_study_id_trial_number(self._study_id, number)
+
+    def _set(self, number: int, key: str, value: Json) -> None:
+        self._backend.set_trial_user_attr(self._trial_id(number), key, value)
+
+
+def _plan(choice: Choice) -> Plan:
+    return Plan(candidate=choice.candidate, key=choice.key, origin=choice.origin, prediction=choice.prediction)
+
+
+def _proposal(number: int, plan: Plan) -> Proposal:
+    return Proposal(
+        trial_number=number,
+        candidate=plan.candidate,
+        origin=plan.origin,
+        prediction=plan.prediction,
+        attempt=plan.attempt,
+    )
+
+
+def _check_study_file(stored: str, setup: StudySetup) -> None:
+    if stored == setup.study_file:
+        return
+    lines = difflib.unified_diff(
+        stored.splitlines(), setup.study_file.splitlines(), "stored with the study", "given now", lineterm="", n=1
+    )
+    raise StudyFileChangedError(
+        f"study {setup.name!r} was made with another study file; resume it with its own, or choose another name:\n"
+        + "\n".join(lines)
+    )
+
+
+def _is_another(holder: Mapping[str, object]) -> bool:
+    """True where the process that `holder` describes lives and is not this one."""
+    try:
+        process = psutil.Process(int(str(holder["pid"])))
+    except psutil.NoSuchProcess:
+        return False
+    return process.pid != os.getpid() and process.create_time() == holder["created"]

@@ -10,8 +10,9 @@ from perf_model.batch import StepBatch
 from perf_model.engine_traits import EngineTraits
 from perf_model.numeric import FloatArray
 from perf_model.roofline import Roof, attention_pairs, gemm_ms
+from search_spaces.errors import InvalidValueError
 from search_spaces.hardware import Device
-from search_spaces.model import LayerGroup, ModelSpec
+from search_spaces.model import Attention, LayerGroup, ModelSpec
 
 KV_BYTES = {"f16": 2.0, "q8_0": 34.0 / 32.0, "f32": 4.0}  # q8_0: 32 bytes and a 2-byte scale for 32 elements
 ACTIVATION_BYTES = 4.0
@@ -71,6 +72,11 @@ class EmbeddedSteps:
 
     def _layer_attention_ms(self, group: LayerGroup, batch: StepBatch) -> FloatArray:
         attention = group.attention
+        if not isinstance(attention, Attention):
+            raise InvalidValueError(
+                f"{type(attention).__name__} of model {self.model.name!r} is not modelled on the embedded engine; "
+                "choose a model with grouped-query attention"
+            )
         pairs = attention_pairs(batch.prefill_tokens, batch.prefill_seqs, batch.prefill_context, attention.window)
         seen = batch.decode_context
         if attention.window is not None:

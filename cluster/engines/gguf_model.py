@@ -1,4 +1,4 @@
-"""GGUF files: a small random-weight model written from a `ModelSpec`, and a `ModelSpec` read from any model.
+"""A small random-weight GGUF file, written from a `ModelSpec`.
 
 The vocabulary of a written model is made for measuring. Every word token is a plain ASCII word of its own (" w0",
 " w1", ...), so that a streamed token is always one whole piece of text. The byte tokens below them let any text be
@@ -11,14 +11,13 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from search_spaces.errors import require
-from search_spaces.model import ModelSpec
+from search_spaces.model import Attention, DenseFeedForward, ModelSpec
 from search_spaces.serving import canonical_key
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ FIRST_WORD_TOKEN = FIRST_BYTE_TOKEN + 256
 SMALLEST_VOCABULARY = 512
 _WEIGHT_TYPES: dict[float, type[np.floating]] = {16.0: np.float16, 32.0: np.float32}
 _FILE_TYPES = {16.0: 1, 32.0: 0}  # llama.cpp's numbers for "mostly f16" and "all f32"
+_REMEDY = "give a GGUF file as the model's source"
 FORMAT = 1  # part of a file's key: raise it when the same ModelSpec is written differently
 
 
@@ -44,8 +44,7 @@ def write_model(model: ModelSpec, directory: Path, *, seed: int = 0) -> Path:
     cannot hold.
     """
     _check_writable(model)
-    content = asdict(model) | {"source": None, "seed": seed, "format": FORMAT}
-    path = directory / f"random-{canonical_key(content)}.gguf"
+    path = directory / f"random-{_content_key(model, seed)}.gguf"
     if path.exists():
         return path
     directory.mkdir(parents=True, exist_ok=True)
@@ -59,22 +58,37 @@ def write_model(model: ModelSpec, directory: Path, *, seed: int = 0) -> Path:
     return path
 
 
+def _content_key(model: ModelSpec, seed: int) -> str:
+    attention, block = _layer(model)
+    return canonical_key(
+        {
+            "format": FORMAT,
+            "seed": seed,
+            "name": model.name,
+            "layers": [model.num_layers, attention.heads, attention.kv_heads, attention.head_dim],
+            "sizes": [model.hidden_size, block.intermediate_size, model.vocab_size, model.max_context],
+            "weights": [model.weight_bits, model.tied_embeddings],
+        }
+    )
+
+
+def _layer(model: ModelSpec) -> tuple[Attention, DenseFeedForward]:
+    """The one layer shape of `model`; raises `InvalidValueError` where it has several or another kind."""
+    attention, block = model.plain_layer()
+    plain = Attention(heads=attention.heads, kv_heads=attention.kv_heads, head_dim=attention.head_dim)
+    require(
+        {(group.attention, group.feed_forward) for group in model.layers} == {(plain, block)},
+        f"model {model.name!r} has layers that a random-weight GGUF cannot hold: it takes one shape of plain "
+        f"grouped-query attention without a window and a dense block; {_REMEDY}",
+    )
+    return attention, block
+
+
 def _check_writable(model: ModelSpec) -> None:
-    first = model.layers[0]
-    remedy = "give a GGUF file as the model's source"
-    require(
-        all((g.attention, g.feed_forward) == (first.attention, first.feed_forward) for g in model.layers),
-        f"model {model.name!r} has layers of several shapes; a random-weight GGUF holds one shape: {remedy}",
-    )
-    require(
-        first.attention.window is None,
-        f"model {model.name!r} has a sliding window of {first.attention.window} tokens, "
-        f"which a random-weight GGUF cannot hold: {remedy}",
-    )
     require(
         model.weight_bits in _WEIGHT_TYPES,
         f"weight_bits={model.weight_bits} of model {model.name!r}: a random-weight GGUF holds 16 or 32 bits: "
-        f"set one of them or {remedy}",
+        f"set one of them or {_REMEDY}",
     )
     require(
         model.vocab_size >= SMALLEST_VOCABULARY,
@@ -98,19 +112,19 @@ def _write(model: ModelSpec, path: Path, seed: int) -> None:
 
 
 def _add_shape(writer: GGUFWriter, model: ModelSpec) -> None:
-    layer = model.layers[0]
+    attention, block = _layer(model)
     writer.add_name(model.name)
     writer.add_file_type(_FILE_TYPES[model.weight_bits])
     writer.add_vocab_size(model.vocab_size)
     writer.add_context_length(model.max_context)
     writer.add_embedding_length(model.hidden_size)
     writer.add_block_count(model.num_layers)
-    writer.add_feed_forward_length(layer.feed_forward.intermediate_size)
-    writer.add_head_count(layer.attention.heads)
-    writer.add_head_count_kv(layer.attention.kv_heads)
-    writer.add_key_length(layer.attention.head_dim)
-    writer.add_value_length(layer.attention.head_dim)
-    writer.add_rope_dimension_count(layer.attention.head_dim)
+    writer.add_feed_forward_length(block.intermediate_size)
+    writer.add_head_count(attention.heads)
+    writer.add_head_count_kv(attention.kv_heads)
+    writer.add_key_length(attention.head_dim)
+    writer.add_value_length(attention.head_dim)
+    writer.add_rope_dimension_count(attention.head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
 
 
@@ -152,10 +166,9 @@ def _tensors(model: ModelSpec, random: np.random.Generator) -> Iterator[tuple[st
 
 
 def _layer_shapes(model: ModelSpec) -> dict[str, tuple[int, int]]:
-    hidden, layer = model.hidden_size, model.layers[0]
-    query = layer.attention.heads * layer.attention.head_dim
-    key = layer.attention.kv_heads * layer.attention.head_dim
-    inner = layer.feed_forward.intermediate_size
+    attention, block = _layer(model)
+    hidden, inner = model.hidden_size, block.intermediate_size
+    query, key = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
     return {
         "attn_q": (query, hidden),
         "attn_k": (key, hidden),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cluster.engines.base import LaunchCommand, ReplicaSpec, RouterSpec
 from cluster.engines.child_process import Exit
+from cluster.engines.gguf_header import check_is_gguf
 from cluster.engines.gguf_model import write_model
 from search_spaces.engines.llamacpp import LLAMACPP
 from search_spaces.errors import InvalidValueError, require
@@ -17,8 +18,6 @@ from search_spaces.model import ModelSpec
 from search_spaces.outcome import FailureReason
 from search_spaces.serving import OptionValue, Pool, Role
 
-CONTEXT_MARGIN = 8
-"""Tokens of context beyond the longest request: a start-of-text token, and one position that llama.cpp keeps free."""
 SIGKILL = -9
 _OUT_OF_MEMORY_SIGNS = ("out of memory", "failed to allocate", "bad_alloc", "cannot allocate memory", "MemoryError")
 
@@ -31,13 +30,14 @@ class LlamaCppBackend:
     def prepare(self, model: ModelSpec, directory: Path) -> ModelSpec:
         """Write a random-weight GGUF where the model names no file; raises `InvalidValueError` for a bad file."""
         path = write_model(model, directory) if model.source is None else Path(model.source)
-        _check_is_gguf(path)
+        check_is_gguf(path)
         return replace(model, source=str(path.resolve()))
 
     def replica_command(self, replica: ReplicaSpec) -> LaunchCommand:
         """A process with llama.cpp's server; raises `InvalidValueError` where the model was not prepared."""
         if replica.model.source is None:
             raise InvalidValueError(f"model {replica.model.name!r} has no source; call prepare() first")
+        _check_peer(replica)
         pool, model = replica.pool, replica.model
         spec = {
             "model_path": model.source,
@@ -45,7 +45,7 @@ class LlamaCppBackend:
             "host": replica.host,
             "port": replica.port,
             "slots": _allocated_slots(replica),
-            "context_per_slot": replica.workload.longest_context + CONTEXT_MARGIN,
+            "context_per_slot": replica.workload.longest_context,
             "batch_size": _option(pool, "batch_size"),
             "ubatch_size": _option(pool, "ubatch_size"),
             "kv_cache_dtype": _option(pool, "kv_cache_dtype"),
@@ -95,25 +95,30 @@ def _option(pool: Pool, name: str) -> OptionValue:
     return pool.option(name, LLAMACPP.parameter(name).default)
 
 
+def _check_peer(replica: ReplicaSpec) -> None:
+    """A slot restores only into a KV cache of the same type and layout (flash attention turns the values round)."""
+    pool, peer = replica.pool, replica.peer
+    if pool.role is Role.MIXED:
+        return
+    if peer is None:
+        raise InvalidValueError(f"a {pool.role} replica of llama.cpp needs its peer pool; set ReplicaSpec.peer")
+    for name in LLAMACPP.shared_options:
+        mine, theirs = _option(pool, name), _option(peer, name)
+        require(
+            mine == theirs,
+            f"{name}={mine} of the {pool.role} pool differs from {theirs} of the {peer.role} pool, "
+            "so that no KV cache could be handed over; give both pools the same",
+        )
+
+
 def _allocated_slots(replica: ReplicaSpec) -> int:
     """Slots of the replica: those of its pool, or of the peer pool where that has more.
 
     A saved slot can only be restored by a replica with as many slots ("n_stream mismatch" otherwise). The router uses
     no more than the pool's own; the others take KV memory, but no time.
     """
-    if replica.pool.role is Role.MIXED:
-        return _slots(replica.pool)
-    if replica.peer is None:
-        raise InvalidValueError(f"a {replica.pool.role} replica of llama.cpp needs its peer pool; set ReplicaSpec.peer")
     return max(_slots(replica.pool), _slots(replica.peer))
 
 
 def _slots(pool: Pool | None) -> int:
     return 0 if pool is None else int(_option(pool, "max_num_seqs"))
-
-
-def _check_is_gguf(path: Path) -> None:
-    require(path.is_file(), f"the model file {path} does not exist; give a GGUF file, or none for random weights")
-    with path.open("rb") as file:
-        magic = file.read(4)
-    require(magic == b"GGUF", f"the model file {path} starts with {magic!r}, not b'GGUF'; give a GGUF file")

@@ -23,6 +23,8 @@ from cluster.router.upstream import API_KEY_VARIABLE, BrokenStreamError, Upstrea
 LARGEST_REQUEST_BYTES = 64 * 2**20
 HEALTH_TIMEOUT_S = 5.0
 SHOWN_RECORDS = 100
+CLIENT_CLOSED_REQUEST = 499  # as nginx has it
+_GONE = "the client went away"
 
 Route = AggregatedRoute | DisaggregatedRoute
 
@@ -58,8 +60,11 @@ class Router:
         except UpstreamError as error:
             self._records.add(record, Ending.FAILED, str(error))
             return _error(error.status, str(error))
-        except (asyncio.CancelledError, ConnectionResetError):
-            self._records.add(record, Ending.CANCELLED, "the client went away")
+        except ConnectionResetError:  # found out while writing; the answer that follows reaches nobody
+            self._records.add(record, Ending.CANCELLED, _GONE)
+            return _error(CLIENT_CLOSED_REQUEST, _GONE)
+        except asyncio.CancelledError:
+            self._records.add(record, Ending.CANCELLED, _GONE)
             raise
         finally:
             self._in_flight -= 1

@@ -113,14 +113,17 @@ class DisaggregatedRoute:
 
     async def _act(self, slot: Slot, action: str, body: JsonObject, reply: type[Reply]) -> Reply:
         url = f"{slot.url}/slots/{slot.index}?action={action}"
-        return await call(self._session, url, body, reply, ACTION_TIMEOUT_S)
+        try:
+            return await call(self._session, url, body, reply, ACTION_TIMEOUT_S)
+        except UpstreamError as error:  # refused or failed, it is no fault of the client's
+            raise UpstreamError(str(error)) from error
 
     async def _erase(self, slot: Slot) -> None:
         """Empty a slot whose request ended early; the replica does so once it has stopped working on it."""
         try:
             await self._act(slot, "erase", {}, _Anything)
         except UpstreamError as error:
-            log.warning("slot %d of %s was not erased: %s", slot.index, slot.url, error)
+            log.info("slot %d of %s was not erased: %s", slot.index, slot.url, error)
 
 
 def _prefill_body(body: JsonObject, slot: Slot) -> JsonObject:

@@ -57,6 +57,7 @@ class EngineSpec:
 
     `devices_per_rank_option` names the option that says how many devices (cores) one rank takes, None for one.
     `repair` mends a combination of options that the engine would refuse; `conflict` says why it would refuse one.
+    `shared_options` must be the same in a prefill and a decode pool: the hand-over of KV caches depends on them.
     """
 
     name: str
@@ -65,6 +66,7 @@ class EngineSpec:
     devices_per_rank_option: str | None = None
     repair: Callable[[Mapping[str, OptionValue]], OptionValues] = _no_repair
     conflict: Callable[[Mapping[str, OptionValue]], str | None] = _no_conflict
+    shared_options: tuple[str, ...] = ()
 
     def parameter(self, name: str) -> EngineParameter:
         """The parameter called `name`; raises `InvalidValueError` with the known names."""

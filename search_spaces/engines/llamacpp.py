@@ -23,6 +23,7 @@ LLAMACPP = EngineSpec(
     name="llamacpp",
     repair=_repair,
     devices_per_rank_option="threads",
+    shared_options=("flash_attention", "kv_cache_dtype"),
     parameters=(
         EngineParameter(
             name="max_num_seqs",

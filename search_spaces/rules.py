@@ -15,6 +15,7 @@ def infeasibility(candidate: Candidate, problem: Problem) -> str | None:
         _context(problem),
         *(_pool(pool, problem) for pool in candidate.config.pools),
         *(_options(pool, candidate.config.engine) for pool in candidate.config.pools),
+        _hand_over(candidate.config),
         _room(candidate.config, problem),
     )
     return next((reason for reason in reasons if reason is not None), None)
@@ -44,6 +45,21 @@ def _pool(pool: Pool, problem: Problem) -> str | None:
 
 def _options(pool: Pool, engine: str) -> str | None:
     return engine_spec(engine).conflict(dict(pool.options))
+
+
+def _hand_over(config: ServingConfig) -> str | None:
+    spec = engine_spec(config.engine)
+    first = config.pools[0]
+    for name in spec.shared_options:
+        default = spec.parameter(name).default
+        for pool in config.pools[1:]:
+            mine, theirs = pool.option(name, default), first.option(name, default)
+            if mine != theirs:
+                return (
+                    f"{name}={mine} of the {pool.role} pool differs from {theirs} of the {first.role} pool, so that "
+                    f"{spec.name} could not hand KV caches over; give both pools the same"
+                )
+    return None
 
 
 def _room(config: ServingConfig, problem: Problem) -> str | None:

@@ -136,8 +136,7 @@ class Space:
         """
         genes = self._complete(genotype)
         engine, mode = str(genes["engine"]), Mode(str(genes["mode"]))
-        pools = tuple(self._decode_pool(role, engine, genes) for role in mode.roles)
-        config = self._fit(ServingConfig(engine=engine, pools=pools))
+        config = self._fit(ServingConfig(engine=engine, pools=self._decode_pools(mode, engine, genes)))
         load = Load(arrival=self.problem.workload.arrival, value=float(genes[self.load_name]))
         return Candidate(config=config, load=load)
 
@@ -149,6 +148,16 @@ class Space:
             if value not in known[name].choices:
                 raise InvalidValueError(f"{name}={value!r} is no choice; choose one of {list(known[name].choices)}")
         return {name: genotype.get(name, parameter.choices[0]) for name, parameter in known.items()}
+
+    def _decode_pools(self, mode: Mode, engine: str, genes: Genotype) -> tuple[Pool, ...]:
+        """A pool for each role; options that the hand-over of KV caches wants alike are those of the first."""
+        first = self._decode_pool(mode.roles[0], engine, genes)
+        shared = {name: first.option(name) for name in engine_spec(engine).shared_options}
+        others = (
+            self._decode_pool(role, engine, genes | {f"{role}.{name}": value for name, value in shared.items()})
+            for role in mode.roles[1:]
+        )
+        return (first, *others)
 
     def _decode_pool(self, role: Role, engine: str, genes: Genotype) -> Pool:
         sizes = {name: int(genes[f"{role}.{name}"]) for name in PARALLEL_SIZES}

@@ -14,7 +14,7 @@ from search_spaces.hardware import Device, DeviceKind, NodePool
 from search_spaces.model import Attention, DenseFeedForward, LayerGroup, ModelSpec
 from search_spaces.problem import Objective, Problem
 from search_spaces.rules import group_sizes, infeasibility, packs
-from search_spaces.serving import Candidate, Mode, Role
+from search_spaces.serving import Candidate, Mode, Role, make_options
 from search_spaces.space import RoleChoices, Space, build_space
 from search_spaces.workload import Arrival, Length, Workload
 
@@ -101,6 +101,12 @@ def test_repaired_candidates_obey_the_engine(space: Space, seed: int) -> None:
 
 
 @given(spaces(), st.integers(0, 1000))
+def test_pools_of_a_deployment_agree_on_what_the_hand_over_needs(space: Space, seed: int) -> None:
+    pools = draw_candidate(space, seed).config.pools
+    assert len({(pool.option("kv_cache_dtype"), pool.option("flash_attention")) for pool in pools}) == 1
+
+
+@given(spaces(), st.integers(0, 1000))
 def test_key_is_shared_by_equal_candidates_only(space: Space, seed: int) -> None:
     one, other = draw_candidate(space, seed), draw_candidate(space, seed + 1)
     assert (one.key == other.key) == (one == other)
@@ -141,6 +147,18 @@ def test_what_cannot_be_repaired_is_explained() -> None:
     )
     reason = infeasibility(space.default(), space.problem)
     assert reason == "tp=3 does not divide 8 attention heads; choose one of [1, 2, 4, 8]"
+
+
+def test_pools_that_cannot_hand_over_are_explained() -> None:
+    space = build_space(
+        make_problem(), engines={"llamacpp": {"threads": (1,)}}, loads=(4,), modes=(Mode.DISAGGREGATED,)
+    )
+    fit = space.default()
+    prefill, decode = fit.config.pools
+    other = replace(decode, options=make_options(dict(decode.options) | {"kv_cache_dtype": "f32"}))
+    unfit = replace(fit, config=replace(fit.config, pools=(prefill, other)))
+    assert infeasibility(fit, space.problem) is None
+    assert str(infeasibility(unfit, space.problem)).startswith("kv_cache_dtype=f32 of the decode pool differs from f16")
 
 
 def test_too_large_a_group_names_the_node() -> None:

@@ -21,7 +21,7 @@ SMALL: dict[str, tuple[OptionValue, ...]] = {
     "ubatch_size": (512,),
     "kv_cache_dtype": ("f16",),
     "flash_attention": (True,),
-    "threads": (1,),
+    "threads": (1, 2),
 }
 WIDE: dict[str, tuple[OptionValue, ...]] = {
     "max_num_seqs": (1, 2, 4, 8),
@@ -68,15 +68,19 @@ def wide_space(problem: Problem) -> Space:
 
 
 def surface(candidate: Candidate) -> tuple[float, float]:
-    """Output tokens/s and TTFT in ms: more slots and load give throughput, at the price of waiting."""
+    """Output tokens/s and TTFT in ms: more slots and load give throughput, at the price of waiting.
+
+    Every option has an effect, so that different candidates seldom tie.
+    """
     pools = candidate.config.pools
     slots = sum(int(pool.option("max_num_seqs")) for pool in pools)
     threads = sum(int(pool.option("threads")) for pool in pools)
-    chunk = min(int(pool.option("batch_size")) for pool in pools)
+    chunk = sum(int(pool.option("batch_size")) + 0.3 * int(pool.option("ubatch_size")) for pool in pools) / len(pools)
+    fused = sum(bool(pool.option("flash_attention")) for pool in pools) / len(pools)
+    packed = sum(pool.option("kv_cache_dtype") == "q8_0" for pool in pools) / len(pools)
     load = candidate.load.value
-    busy = min(load, slots)
-    rate = 40.0 * threads**0.8 * busy**0.7 * (1.0 + 0.05 * (chunk > 64))
-    wait = 20.0 / threads + 15.0 * max(0.0, load - slots) + 0.01 * chunk + 2.0 * load
+    rate = 40.0 * threads**0.8 * min(load, slots) ** 0.7 * (1 + 0.1 * fused - 0.07 * packed + 1e-5 * chunk)
+    wait = 20.0 / threads + 15.0 * max(0.0, load - slots) + 0.01 * chunk + 2.0 * load + 3.0 * packed - 2.0 * fused
     return rate, wait * (0.7 if candidate.config.mode is Mode.DISAGGREGATED else 1.0)
 
 

@@ -1,0 +1,29 @@
+"""The port through which a run of a study reaches the nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from cluster.runner import TrialRunner
+from search_spaces.hardware import Device, NodePool
+from search_spaces.problem import Problem
+from tuner.places import Place
+
+
+class Cluster(Protocol):
+    """Nodes that were joined or started; `warnings` are for the user."""
+
+    warnings: tuple[str, ...]
+
+    def measure(self, pool: NodePool) -> Device:
+        """What one device of `pool` can do, measured on a node of it."""
+        ...
+
+    def runner(self, problem: Problem) -> TrialRunner:
+        """A runner for trials of `problem`; closing it stops everything it started."""
+        ...
+
+
+Connect = Callable[[Problem, Place], AbstractContextManager[Cluster]]

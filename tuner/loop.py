@@ -1,0 +1,188 @@
+"""The search, from the first proposal to the last measurement.
+
+Ask the study for a candidate, let the runner measure it, tell the study, correct the model with what was learned, until
+the budget is used, the space is exhausted or someone asks to stop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster.runner import Running, TrialHandle, TrialRequest, TrialRunner
+from perf_model.calibration import CalibratedPredictor
+from search_spaces.measuring import MeasurementRule, TimeLimits
+from search_spaces.outcome import Failure, Prediction
+from search_spaces.problem import Problem
+from search_spaces.serving import Candidate
+from studies.errors import SpaceExhausted
+from studies.records import Proposal, TrialRecord
+from studies.stopping import Budget, Progress, StopReason, stop_reason
+from studies.study import Study
+from tuner.observer import Observer, Snapshot, Trying
+
+POLL_S = 0.1
+
+
+class LearningModel:
+    """The performance model, corrected by every measurement."""
+
+    def __init__(self, predictor: CalibratedPredictor) -> None:
+        self._predictor = predictor
+
+    def predict(self, candidates: Sequence[Candidate]) -> list[Prediction]:
+        """One prediction for each candidate, in order, as corrected so far."""
+        return self._predictor.predict(candidates)
+
+    def learn(self, trials: Sequence[TrialRecord]) -> None:
+        """Calibrate anew on all measured `trials`."""
+        measured = [(t.candidate, t.measurement.metrics.flat()) for t in trials if t.candidate and t.measurement]
+        self._predictor = self._predictor.learned(measured)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchPlan:
+    """How a search is carried out; every trial gets a folder of its own in `work_dir`."""
+
+    problem: Problem
+    rule: MeasurementRule
+    limits: TimeLimits
+    budget: Budget
+    work_dir: Path
+    seed: int
+    in_flight: int = 1
+
+
+@dataclass
+class _InFlight:
+    """A started trial."""
+
+    proposal: Proposal
+    handle: TrialHandle
+    state: Running
+
+
+@dataclass(frozen=True, kw_only=True)
+class _View:
+    """The study as it was after the last change: reading it costs too much for every poll."""
+
+    trials: tuple[TrialRecord, ...]
+    progress: Progress
+    hypervolume: float
+
+
+@dataclass
+class Search:
+    """One run of a study. `stop_requested` is asked several times a second."""
+
+    study: Study
+    runner: TrialRunner
+    model: LearningModel
+    plan: SearchPlan
+    observer: Observer
+    stop_requested: Callable[[], bool] = lambda: False
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    _trying: list[_InFlight] = field(default_factory=list)
+    _exhausted: bool = False
+    _started: float = 0.0
+    _view: _View = field(init=False)
+
+    def run(self) -> StopReason | None:
+        """Search until a reason to stop, or None where a stop was requested; nothing is left running then."""
+        self._started = self.clock()
+        self._look()
+        self.model.learn(self._view.trials)
+        try:
+            while not self.stop_requested():
+                reason = self._reason_to_stop()
+                if reason is not None and not self._trying:
+                    return reason
+                if reason is None and len(self._trying) < self.plan.in_flight:
+                    self._begin()
+                self._collect()
+                self.observer.now(self._snapshot())
+            return None
+        finally:
+            self._abandon()
+
+    def _look(self) -> None:
+        history = self.study.hypervolume_history()
+        self._view = _View(
+            trials=self.study.trials(),
+            progress=self.study.progress(),
+            hypervolume=history[-1].hypervolume if history else 0.0,
+        )
+
+    def _reason_to_stop(self) -> StopReason | None:
+        elapsed_s = self.clock() - self._started
+        return stop_reason(self.plan.budget, self._view.progress, elapsed_s=elapsed_s, space_exhausted=self._exhausted)
+
+    def _begin(self) -> None:
+        """Ask for a candidate and start measuring it."""
+        try:
+            proposal = self.study.ask(warm=self.runner.warm())
+        except SpaceExhausted:
+            self._exhausted = True
+            return
+        handle = self.runner.start(self._request(proposal))
+        self._trying.append(_InFlight(proposal=proposal, handle=handle, state=Running(phase="start", elapsed_s=0.0)))
+        self._look()
+        self.observer.begun(proposal)
+
+    def _request(self, proposal: Proposal) -> TrialRequest:
+        trial = f"{self.study.setup.name}-{proposal.trial_number}"
+        directory = self.plan.work_dir / trial
+        directory.mkdir(parents=True, exist_ok=True)
+        return TrialRequest(
+            trial=trial,
+            candidate=proposal.candidate,
+            problem=self.plan.problem,
+            rule=self.plan.rule,
+            limits=self.plan.limits,
+            artifact_dir=directory,
+            seed=self.plan.seed + proposal.trial_number,
+        )
+
+    def _collect(self) -> None:
+        """Poll what is in flight; tell the study of what has ended, and let the model learn from it."""
+        ended = False
+        for trial in tuple(self._trying):
+            state = self.runner.poll(trial.handle)
+            if isinstance(state, Running):
+                trial.state = state
+                continue
+            if isinstance(state, Failure) and self.stop_requested():
+                continue  # Ctrl-C reaches the engines too: their end says nothing of the configuration
+            self._trying.remove(trial)
+            self.observer.ended(self.study.tell(trial.proposal, state), self.plan.problem)
+            ended = True
+        if ended:
+            self._look()
+            self.model.learn(self._view.trials)
+        elif self._trying:
+            self.sleep(POLL_S)
+
+    def _snapshot(self) -> Snapshot:
+        wall_s = self.plan.budget.wall_s
+        return Snapshot(
+            name=self.study.setup.name,
+            problem=self.plan.problem,
+            budget_trials=self.plan.budget.trials,
+            trials=self._view.trials,
+            screened_out=self.study.screened_out,
+            hypervolume=self._view.hypervolume,
+            time_left_s=None if wall_s is None else max(0.0, wall_s - (self.clock() - self._started)),
+            trying=tuple(
+                Trying(proposal=t.proposal, phase=t.state.phase, elapsed_s=t.state.elapsed_s) for t in self._trying
+            ),
+        )
+
+    def _abandon(self) -> None:
+        """Stop what is in flight and give its proposals back, so that a resume measures them."""
+        for trial in self._trying:
+            self.runner.stop(trial.handle)
+            self.study.release(trial.proposal)
+        self._trying.clear()

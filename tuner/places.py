@@ -1,0 +1,77 @@
+"""Where a study's data lies: its storage, and the folder beside it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from search_spaces.errors import InvalidValueError
+from tuner.study_schema import DEFAULT_STORAGE
+
+STORAGE_VARIABLE = "TUNER_STORAGE"
+DATA_VARIABLE = "TUNER_DATA"
+DEFAULT_FOLDER = Path("tuner-data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """`url` of a storage and the `directory` of what lies beside it: artefacts, predictions, reports, working files."""
+
+    url: str
+    directory: Path
+
+    @property
+    def artifacts(self) -> Path:
+        """Artefacts of all studies of the storage, as the dashboard takes them."""
+        return self.directory / "artifacts"
+
+    def reports(self, study: str) -> Path:
+        """Reports of a study."""
+        return self.directory / "reports" / study
+
+    def nodes(self, study: str) -> Path:
+        """Measured devices of a study's node pools."""
+        return self.directory / "nodes" / f"{study}.json"
+
+    def work(self, study: str) -> Path:
+        """Working files of a study's deployments."""
+        return self.directory / "work" / study
+
+
+def find_place(url: str | None) -> Place:
+    """The place of `url`, else of the variable TUNER_STORAGE, else of ./tuner-data.
+
+    The folder is that of the database file where there is one, else ./tuner-data; the variable TUNER_DATA overrules.
+    """
+    chosen = url or os.environ.get(STORAGE_VARIABLE) or DEFAULT_STORAGE
+    folder = os.environ.get(DATA_VARIABLE)
+    directory = Path(folder) if folder else _folder_of(chosen)
+    return Place(url=chosen, directory=directory.resolve())
+
+
+def existing_place(url: str | None) -> Place:
+    """As `find_place`, for reading; raises `InvalidValueError` where a database file is not there."""
+    place = find_place(url)
+    file = _file_of(place.url)
+    if file is not None and not file.exists():
+        raise InvalidValueError(
+            f"storage {place.url} does not exist; run a study first (tuner study run FILE), "
+            f"or name another storage with --storage or the variable {STORAGE_VARIABLE}"
+        )
+    return place
+
+
+def _folder_of(url: str) -> Path:
+    file = _file_of(url)
+    return DEFAULT_FOLDER if file is None else file.parent
+
+
+def _file_of(url: str) -> Path | None:
+    """The file behind `url`: SQLite databases and journal files have one."""
+    scheme, separator, rest = url.partition(":///")
+    if not separator or not rest or rest == ":memory:":
+        return None
+    if scheme.split("+")[0] in {"sqlite", "journal"}:
+        return Path(rest.split("?")[0])
+    return None

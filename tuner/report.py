@@ -1,0 +1,328 @@
+"""What a study found, for people and for programs: the front as a table, as JSON and as CSV; a study at a glance."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from search_spaces.metrics import METRICS, Direction
+from search_spaces.outcome import Failure
+from search_spaces.problem import Problem
+from studies.codec import Json, to_json
+from studies.history import StudySummary
+from studies.pareto import front
+from studies.records import TrialRecord, TrialStatus
+from tuner.wording import candidate_json, candidate_text, metric_label, number, pools_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyReport:
+    """A study as it stands: its name, question and trials, whether it can still go on (`status`), and its storage."""
+
+    name: str
+    status: str
+    problem: Problem
+    trials: tuple[TrialRecord, ...]
+    storage: str
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Metrics of the objectives, in order."""
+        return tuple(objective.metric for objective in self.problem.objectives)
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """Better direction of each objective."""
+        return tuple(objective.direction for objective in self.problem.objectives)
+
+    @property
+    def measured(self) -> tuple[TrialRecord, ...]:
+        """The measured trials."""
+        return tuple(trial for trial in self.trials if trial.status is TrialStatus.MEASURED)
+
+    @property
+    def front(self) -> tuple[TrialRecord, ...]:
+        """The feasible trials that no other dominates, best first in the first objective."""
+        return front(self.trials, self.directions)
+
+    def count(self, status: TrialStatus) -> int:
+        """Number of trials in `status`."""
+        return sum(trial.status is status for trial in self.trials)
+
+
+def metrics_of(trial: TrialRecord) -> dict[str, float]:
+    """Every metric of a measured trial; empty for another."""
+    return trial.measurement.metrics.flat() if trial.measurement else {}
+
+
+def best(report: StudyReport) -> dict[str, TrialRecord]:
+    """The best feasible trial of each objective; empty while there is none."""
+    feasible = [trial for trial in report.trials if trial.feasible]
+    if not feasible:
+        return {}
+    return {
+        metric: _best_of(feasible, metric, direction)
+        for metric, direction in zip(report.objectives, report.directions, strict=True)
+    }
+
+
+def _best_of(trials: Sequence[TrialRecord], metric: str, direction: Direction) -> TrialRecord:
+    sign = 1.0 if direction is Direction.MINIMIZE else -1.0
+    return min(trials, key=lambda trial: sign * metrics_of(trial)[metric])
+
+
+def relative_error(trial: TrialRecord, metric: str) -> float | None:
+    """|predicted - measured| / measured of `metric`; None without a prediction or a measurement above 0."""
+    measured = metrics_of(trial).get(metric, 0.0)
+    predicted = trial.prediction.metrics.get(metric) if trial.prediction else None
+    return abs(predicted - measured) / measured if predicted is not None and measured > 0 else None
+
+
+def median_error(trials: Sequence[TrialRecord], metric: str) -> float | None:
+    """Median relative error of the predictions made before measuring; None where there are none."""
+    errors = [error for trial in trials if (error := relative_error(trial, metric)) is not None]
+    return statistics.median(errors) if errors else None
+
+
+def error_metrics(report: StudyReport) -> tuple[str, ...]:
+    """The metrics whose prediction error is shown: objectives and SLOs, then the two basic latencies."""
+    names = (*report.objectives, *(slo.metric for slo in report.problem.slos), "ttft_p50_ms", "tpot_p50_ms")
+    return tuple(dict.fromkeys(names))
+
+
+def front_table(report: StudyReport) -> RenderableType:
+    """The front, one configuration a row; says what is missing where there is no front."""
+    if not report.front:
+        return _no_front(report)
+    table = Table(title=f"Pareto front of {report.name}: {len(report.front)} of {len(report.measured)} measured trials")
+    table.box, table.title_style, table.title_justify = box.SIMPLE_HEAD, "bold", "left"
+    table.add_column("trial", justify="right")
+    for metric, direction in zip(report.objectives, report.directions, strict=True):
+        arrow = "lower" if direction is Direction.MINIMIZE else "higher"
+        table.add_column(f"{metric}\n({METRICS[metric].unit}, {arrow} is better)", justify="right", style="bold")
+    for metric in _other_slos(report):
+        table.add_column(f"{metric}\n({METRICS[metric].unit}, SLO)", justify="right")
+    table.add_column("mode")
+    table.add_column("load")
+    table.add_column("devices", justify="right")
+    table.add_column("replicas and options off the engine's default", overflow="fold")
+    for trial in report.front:
+        table.add_row(*_front_row(trial, (*report.objectives, *_other_slos(report))))
+    return table
+
+
+def _other_slos(report: StudyReport) -> tuple[str, ...]:
+    return tuple(slo.metric for slo in report.problem.slos if slo.metric not in report.objectives)
+
+
+def _front_row(trial: TrialRecord, metrics: Sequence[str]) -> list[str]:
+    values = metrics_of(trial)
+    cells = [number(values[name]) if name in values else "-" for name in metrics]
+    if trial.candidate is None:
+        return [str(trial.number), *cells, "", "", "", ""]
+    config = trial.candidate.config
+    text = pools_text(trial.candidate, separator="\n")
+    return [str(trial.number), *cells, str(config.mode), str(trial.candidate.load), str(config.devices), text]
+
+
+def _no_front(report: StudyReport) -> RenderableType:
+    if not report.measured:
+        return Text(f"{report.name} has no measured trial yet; see: tuner study show {report.name}")
+    nearest = min(report.measured, key=lambda trial: sum(max(0.0, v) for v in trial.violations.values()))
+    missed = ", ".join(
+        f"{slo.metric}={number(metrics_of(nearest)[slo.metric])} (SLO {number(slo.threshold)})"
+        for slo in report.problem.slos
+        if nearest.violations.get(slo.metric, 0.0) > 0
+    )
+    configuration = candidate_text(nearest.candidate) if nearest.candidate else "?"
+    return Text(
+        f"No configuration of {report.name} meets every SLO. Nearest is trial {nearest.number}: {missed}\n"
+        f"  {configuration}\nAsk for less, allow more nodes or widen the search space."
+    )
+
+
+def show(report: StudyReport) -> RenderableType:
+    """A study at a glance."""
+    return Group(*_head(report), _best_table(report), _failures(report), _errors(report))
+
+
+def _head(report: StudyReport) -> list[RenderableType]:
+    counts = ", ".join(f"{report.count(status)} {status}" for status in TrialStatus if report.count(status))
+    slos = ", ".join(f"{slo.metric} {_bound(slo.metric)} {number(slo.threshold)}" for slo in report.problem.slos)
+    return [
+        Text(f"{report.name}: {report.status}", style="bold"),
+        Text(f"  trials      {counts or 'none'}"),
+        Text(f"  feasible    {sum(t.feasible for t in report.trials)} ({len(report.front)} on the front)"),
+        Text(f"  SLOs        {slos or 'none'}"),
+        Text(f"  storage     {report.storage}"),
+    ]
+
+
+def _bound(metric: str) -> str:
+    return "at most" if METRICS[metric].direction is Direction.MINIMIZE else "at least"
+
+
+def _best_table(report: StudyReport) -> RenderableType:
+    table = Table(title="Best feasible trial per objective", box=box.SIMPLE_HEAD, title_justify="left")
+    for heading in ("objective", "value", "trial", "configuration"):
+        table.add_column(heading, overflow="fold")
+    for metric, trial in best(report).items():
+        text = candidate_text(trial.candidate) if trial.candidate else ""
+        table.add_row(metric_label(metric), number(metrics_of(trial)[metric]), str(trial.number), text)
+    return table if table.row_count else Text("\nNo trial meets every SLO yet.")
+
+
+def _failures(report: StudyReport) -> RenderableType:
+    failed = [(trial, trial.failure) for trial in report.trials if trial.failure is not None]
+    if not failed:
+        return Text("\nNo failures.\n")
+    table = Table(title="Failures", box=box.SIMPLE_HEAD, title_justify="left")
+    for heading in ("reason", "trial", "what happened, and the engine's last lines"):
+        table.add_column(heading, overflow="fold")
+    for trial, failure in sorted(failed, key=lambda pair: (pair[1].reason, pair[0].number)):
+        table.add_row(str(failure.reason), str(trial.number), _failure_text(failure))
+    return table
+
+
+def _failure_text(failure: Failure, lines: int = 3) -> str:
+    tail = failure.log_tail.strip().splitlines()[-lines:]
+    return "\n".join([failure.detail, *(f"| {line}" for line in tail)])
+
+
+def _errors(report: StudyReport) -> RenderableType:
+    table = Table(title="Predicted before measuring, against measured", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("metric")
+    table.add_column("median error", justify="right")
+    table.add_column("last half", justify="right")
+    table.add_column("trials", justify="right")
+    for metric in error_metrics(report):
+        known = [trial for trial in report.measured if relative_error(trial, metric) is not None]
+        if known:
+            overall, late = median_error(known, metric), median_error(known[len(known) // 2 :], metric)
+            table.add_row(metric, f"{overall:.0%}", f"{late:.0%}", str(len(known)))
+    return table if table.row_count else Text("No predictions were made before measuring.")
+
+
+def trial_json(trial: TrialRecord, report: StudyReport) -> dict[str, Json]:
+    """A trial for programs: configuration, objectives, every metric, prediction, violations and provenance."""
+    measurement = trial.measurement
+    metrics = metrics_of(trial)
+    failure = trial.failure
+    return {
+        "trial": trial.number,
+        "status": str(trial.status),
+        "feasible": trial.feasible,
+        "origin": str(trial.origin) if trial.origin else None,
+        "key": trial.key,
+        "configuration": candidate_json(trial.candidate) if trial.candidate else None,
+        "objectives": {name: metrics.get(name) for name in report.objectives},
+        "metrics": dict(metrics),
+        "predicted": dict(trial.prediction.metrics) if trial.prediction else None,
+        "violations": dict(trial.violations),
+        "requests": measurement.metrics.requests if measurement else None,
+        "errors": measurement.metrics.errors if measurement else None,
+        "client_lateness_ms": measurement.client_lateness_ms if measurement else None,
+        "timings_s": dict(trial.outcome.timings_s) if trial.outcome else {},
+        "environment": dict(trial.outcome.environment) if trial.outcome else {},
+        "emulated": measurement.emulated if measurement else None,
+        "failure": {"reason": str(failure.reason), "detail": failure.detail, "log_tail": failure.log_tail}
+        if failure
+        else None,
+        "artifacts": dict(trial.artifact_ids),
+        "started_at": trial.started_at.isoformat() if trial.started_at else None,
+        "ended_at": trial.ended_at.isoformat() if trial.ended_at else None,
+    }
+
+
+def front_json(report: StudyReport) -> dict[str, Json]:
+    """The front and how it was found."""
+    return _overview(report) | {"front": [trial_json(trial, report) for trial in report.front]}
+
+
+def show_json(report: StudyReport) -> dict[str, Json]:
+    """The study with every trial."""
+    errors: dict[str, Json] = {metric: median_error(report.measured, metric) for metric in error_metrics(report)}
+    return _overview(report) | {
+        "best": {metric: trial.number for metric, trial in best(report).items()},
+        "prediction_error": errors,
+        "front": [trial.number for trial in report.front],
+        "trials": [trial_json(trial, report) for trial in report.trials],
+    }
+
+
+def _overview(report: StudyReport) -> dict[str, Json]:
+    counts: dict[str, Json] = {str(status): report.count(status) for status in TrialStatus}
+    modes = [str(trial.candidate.config.mode) for trial in report.measured if trial.candidate]
+    return {
+        "study": report.name,
+        "status": report.status,
+        "storage": report.storage,
+        "objectives": [
+            {"metric": name, "direction": str(direction), "unit": METRICS[name].unit}
+            for name, direction in zip(report.objectives, report.directions, strict=True)
+        ],
+        "slos": [to_json(slo) for slo in report.problem.slos],
+        "counts": counts,
+        "measured_modes": {mode: modes.count(mode) for mode in sorted(set(modes))},
+    }
+
+
+def front_csv(report: StudyReport) -> str:
+    """The front as CSV: one row a trial, a column for each setting and metric."""
+    rows = [_csv_row(trial) for trial in report.front]
+    columns = list(dict.fromkeys(column for row in rows for column in row)) or ["trial"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _csv_row(trial: TrialRecord) -> Mapping[str, object]:
+    row: dict[str, object] = {"trial": trial.number}
+    if trial.candidate is not None:
+        config, load = trial.candidate.config, trial.candidate.load
+        row |= {"engine": config.engine, "mode": config.mode, load.arrival.load_unit: load.value}
+        for pool in config.pools:
+            settings: dict[str, object] = {"node_pool": pool.node_pool, "replicas": pool.replicas}
+            settings |= asdict(pool.parallelism) | dict(pool.options)
+            row |= {f"{pool.role}.{name}": value for name, value in settings.items()}
+    return row | metrics_of(trial)
+
+
+def summaries_table(summaries: Sequence[StudySummary]) -> RenderableType:
+    """All studies of a storage."""
+    if not summaries:
+        return Text("The storage holds no study yet; run one with: tuner study run FILE")
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("study", "objectives", "measured", "failed", "lost", "open", "begun"):
+        table.add_column(heading, overflow="fold")
+    for found in summaries:
+        counts = [str(count) for count in (found.measured, found.failed, found.lost, found.open)]
+        begun = found.started_at.strftime("%Y-%m-%d %H:%M") if found.started_at else ""
+        table.add_row(found.name, ", ".join(found.objectives), *counts, begun)
+    return table
+
+
+def summaries_json(summaries: Sequence[StudySummary]) -> Json:
+    """All studies of a storage, for programs."""
+    return [
+        {
+            "study": found.name,
+            "objectives": list(found.objectives),
+            "measured": found.measured,
+            "failed": found.failed,
+            "lost": found.lost,
+            "open": found.open,
+            "started_at": found.started_at.isoformat() if found.started_at else None,
+        }
+        for found in summaries
+    ]

@@ -1,0 +1,201 @@
+"""One run of a study from its file to its end: open, connect, measure the nodes once, search, close."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
+
+from search_spaces.hardware import Device, DeviceKind
+from search_spaces.problem import Problem
+from search_spaces.rules import infeasibility
+from search_spaces.space import Space
+from studies.errors import StudyFileChangedError
+from studies.history import StudyHistory, study_names
+from studies.stopping import StopReason, progress_of
+from studies.storage import Storage, open_storage
+from studies.study import Study, StudySetup, create_study, open_study
+from tuner.access import Cluster, Connect
+from tuner.devices import load_devices, save_devices
+from tuner.loop import LearningModel, Search, SearchPlan
+from tuner.observer import Observer
+from tuner.places import Place
+from tuner.report import StudyReport
+from tuner.study_errors import StudyFileError
+from tuner.study_file import differences, dump_study, parse_study
+from tuner.study_schema import StudyFile
+from tuner.wiring import make_budget, make_limits, make_predictor, make_problem, make_rule, make_space
+from tuner.wording import number
+
+FREE_TO_CHANGE = ("budget.",)
+"""Keys that may differ from the stored study file: how long to search is no part of the question."""
+
+
+Stop = AbstractContextManager[Callable[[], bool]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a run ended: `reason` is None where it was stopped on request."""
+
+    reason: StopReason | None
+    report: StudyReport
+
+
+def run_study(file: StudyFile, place: Place, *, connect: Connect, stop: Stop, observer: Observer) -> Ended:
+    """Begin the study of `file`, or go on with it where the storage has it, and search until it ends.
+
+    `stop` is entered for the time of the search, and says then whether someone asked to stop. Raises
+    `StudyFileChangedError`, with the difference, where the study was made with another file.
+    """
+    storage = open_storage(place.url)
+    history = find_history(storage, file.name)
+    stored = history.study_file if history else dump_study(file)
+    check_same_question(file, stored, observer)
+    problem, space = check_space(file)
+    if history and _is_done(history, file):
+        observer.note(f"study {file.name} has used its budget of {file.budget.trials} trials; nothing to measure")
+        return Ended(reason=StopReason.TRIALS, report=make_report(history, file))
+    observer.note(f"{'going on with' if history else 'beginning'} study {file.name}: {_question(problem, space)}")
+    with connect(problem, place) as cluster:
+        for warning in cluster.warnings:
+            observer.note(f"warning: {warning}")
+        devices = _known_devices(file, problem, place, cluster, observer)
+        problem = make_problem(file, devices)
+        model = LearningModel(make_predictor(problem, file))
+        setup = _setup(file, place, stored, problem, model)
+        study = open_study(storage, setup) if history else create_study(storage, setup)
+        with study:
+            reason = _search(study, file, place, model, cluster, stop, observer)
+            return Ended(reason=reason, report=make_report(study.history, file))
+
+
+def find_history(storage: Storage, name: str) -> StudyHistory | None:
+    """The stored study called `name`, None where there is none."""
+    return StudyHistory(storage, name) if name in study_names(storage) else None
+
+
+def history_of(place: Place, name: str) -> StudyHistory:
+    """The stored study called `name`; raises `StudyNotFoundError` with the names there are."""
+    return StudyHistory(open_storage(place.url), name)
+
+
+def stored_file(history: StudyHistory, place: Place, overrides: Sequence[str] = ()) -> StudyFile:
+    """The study file that a study was made with, after `overrides`, in the storage where it was found."""
+    study = parse_study(history.study_file, overrides, name=f"stored study file of {history.name}")
+    return study.model_copy(update={"storage": place.url})
+
+
+def check_same_question(file: StudyFile, stored: str, observer: Observer) -> None:
+    """Raise `StudyFileChangedError` where `file` asks another question than the `stored` study file.
+
+    The budget may change: how long to search is no part of the question.
+    """
+    before = dump_study(parse_study(stored, name=f"stored study file of {file.name}"))
+    changed = differences(before, dump_study(file))
+    free = [line for line in changed if line.startswith(FREE_TO_CHANGE)]
+    asked = [line for line in changed if line not in free]
+    if asked:
+        raise StudyFileChangedError(
+            "\n".join(
+                [
+                    f"study {file.name!r} was made with another study file; the differences (stored -> given):",
+                    *(f"  {line}" for line in asked),
+                    f"resume it as it was with: tuner study resume {file.name}",
+                    f"or ask the new question under another name: --set name={file.name}-2",
+                ]
+            )
+        )
+    for line in free:
+        observer.note(f"the budget changes: {line}")
+
+
+def check_space(file: StudyFile) -> tuple[Problem, Space]:
+    """Problem and space of `file`; raises `StudyFileError` where no default configuration can run."""
+    problem = make_problem(file)
+    space = make_space(file, problem)
+    defaults = [space.default(mode, engine) for engine in space.engines for mode in space.modes]
+    reasons = [infeasibility(candidate, problem) for candidate in defaults]
+    if all(reasons):
+        listed = "\n".join(f"  {c.config.engine}, {c.config.mode}: {r}" for c, r in zip(defaults, reasons, strict=True))
+        raise StudyFileError(f"no configuration of study {file.name!r} can run:\n{listed}")
+    return problem, space
+
+
+def _is_done(history: StudyHistory, file: StudyFile) -> bool:
+    return progress_of(history.trials()).finished >= file.budget.trials
+
+
+def _question(problem: Problem, space: Space) -> str:
+    objectives = ", ".join(f"{objective.metric} ({objective.direction})" for objective in problem.objectives)
+    slos = ", ".join(f"{slo.metric} {number(slo.threshold)}" for slo in problem.slos) or "none"
+    return f"model {problem.model.name}, {space.size:,} genotypes, objectives {objectives}, SLOs {slos}"
+
+
+def _known_devices(
+    file: StudyFile, problem: Problem, place: Place, cluster: Cluster, observer: Observer
+) -> dict[str, Device]:
+    """Measured devices of the CPU pools: read, or measured now and kept."""
+    path = place.nodes(file.name)
+    known = load_devices(path)
+    missing = [p for p in problem.node_pools if p.device.kind is DeviceKind.CPU and p.name not in known]
+    for pool in missing:
+        observer.note(f"measuring what a node of pool {pool.name} can do (once per study)")
+        known[pool.name] = cluster.measure(pool)
+        observer.note(_device_text(pool.name, known[pool.name]))
+    if missing:
+        save_devices(path, known)
+    return known
+
+
+def _device_text(pool: str, device: Device) -> str:
+    flops = max(device.flops.values()) / 1e9
+    return f"one core of pool {pool}: {number(flops)} GFLOP/s, {number(device.memory_bandwidth / 1e9)} GB/s memory"
+
+
+def _setup(file: StudyFile, place: Place, stored: str, problem: Problem, model: LearningModel) -> StudySetup:
+    return StudySetup(
+        name=file.name,
+        problem=problem,
+        space=make_space(file, problem),
+        study_file=stored,
+        directory=place.directory,
+        seed=file.seed,
+        budget_trials=file.budget.trials,
+        predict=model.predict,
+    )
+
+
+def _search(
+    study: Study,
+    file: StudyFile,
+    place: Place,
+    model: LearningModel,
+    cluster: Cluster,
+    stop: Stop,
+    observer: Observer,
+) -> StopReason | None:
+    touched = study.reconcile()
+    if touched:
+        observer.note(f"{len(touched)} trials that an earlier run left behind are settled or wait to be repeated")
+    plan = SearchPlan(
+        problem=study.setup.problem,
+        rule=make_rule(file),
+        limits=make_limits(file),
+        budget=make_budget(file),
+        work_dir=place.work(file.name),
+        seed=file.seed,
+    )
+    with stop as stop_requested, closing(cluster.runner(study.setup.problem)) as runner:
+        return Search(study, runner, model, plan, observer, stop_requested).run()
+
+
+def make_report(history: StudyHistory, file: StudyFile) -> StudyReport:
+    """The study as it stands."""
+    trials = history.trials()
+    progress = progress_of(trials)
+    status = "finished" if progress.finished >= file.budget.trials else "unfinished"
+    text = f"{status}, {progress.finished} of {file.budget.trials} trials"
+    return StudyReport(
+        name=history.name, status=text, problem=make_problem(file), trials=trials, storage=history.storage.url
+    )

@@ -1,0 +1,140 @@
+"""From the names in a study file to objects: the only factory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from perf_model.calibration import CalibratedPredictor
+from perf_model.serving_predictor import ServingPredictor
+from search_spaces.errors import InvalidValueError, TunerError
+from search_spaces.hardware import Device, DeviceKind, NodePool
+from search_spaces.measuring import MeasurementRule, TimeLimits
+from search_spaces.model import ModelSpec
+from search_spaces.model_presets import TINY_MODEL
+from search_spaces.problem import Objective, Problem, Slo
+from search_spaces.serving import Mode, Role
+from search_spaces.space import RoleChoices, Space, build_space
+from search_spaces.workload import Arrival, Length, Workload
+from studies.stopping import Budget
+from tuner.access import Connect
+from tuner.study_schema import NodePoolSection, RoleSection, StudyFile
+
+MODEL_PRESETS: dict[str, ModelSpec] = {"tiny": TINY_MODEL}
+_ROLE_LISTS = ("replicas", "tp", "pp", "dp", "ep")
+
+UNMEASURED_CORE = Device(
+    name="cpu-core",
+    kind=DeviceKind.CPU,
+    memory_bytes=1e9,
+    memory_bandwidth=1e10,
+    flops={"fp32": 1e10},
+    link_bandwidth=1e9,
+    network_bandwidth=1e9,
+)
+"""Stands for a core until it has been measured; only the order of magnitude is meant."""
+
+
+def make_problem(study: StudyFile, devices: Mapping[str, Device] | None = None) -> Problem:
+    """The question of `study`. `devices` holds the measured device of each CPU pool, by pool name."""
+    workload = study.workload
+    return Problem(
+        model=make_model(study),
+        workload=Workload(
+            isl=Length(mean=workload.isl.mean, spread=workload.isl.spread),
+            osl=Length(mean=workload.osl.mean, spread=workload.osl.spread),
+            arrival=Arrival(workload.arrival),
+            shared_prefix=workload.shared_prefix,
+        ),
+        node_pools=tuple(_node_pool(name, pool, devices or {}) for name, pool in study.node_pools.items()),
+        objectives=tuple(Objective(metric=metric) for metric in study.objectives),
+        slos=tuple(Slo(metric=metric, threshold=threshold) for metric, threshold in sorted(study.slos.items())),
+    )
+
+
+def make_model(study: StudyFile) -> ModelSpec:
+    """The model of `study`: a preset, or what a GGUF file says of itself."""
+    if study.model.preset is not None:
+        return MODEL_PRESETS[study.model.preset]
+    _require_extra("gguf", "llamacpp", "reading a GGUF file")
+    from cluster.engines.gguf_header import read_model
+
+    path = Path(str(study.model.gguf))
+    return replace(read_model(path), source=str(path))
+
+
+def _require_extra(module: str, extra: str, purpose: str) -> None:
+    if find_spec(module) is None:
+        raise TunerError(f"{purpose} needs the package {module}; install it with: pip install 'tuner[{extra}]'")
+
+
+def _node_pool(name: str, pool: NodePoolSection, devices: Mapping[str, Device]) -> NodePool:
+    return NodePool(
+        name=name,
+        device=devices.get(name) or _device(name, pool),
+        nodes=pool.nodes,
+        devices_per_node=pool.devices_per_node,
+        price_per_hour=pool.price_per_hour,
+        labels=dict(pool.labels),
+        accelerator_type=pool.accelerator_type,
+    )
+
+
+def _device(pool_name: str, pool: NodePoolSection) -> Device:
+    if pool.device == "cpu":
+        return UNMEASURED_CORE
+    raise InvalidValueError(
+        f"node_pools.{pool_name}.device: {pool.device!r} is no known device; the engines of this version run on cpu"
+    )
+
+
+def make_space(study: StudyFile, problem: Problem) -> Space:
+    """The search space of `study`."""
+    modes = tuple(Mode(mode) for mode in study.space.modes)
+    return build_space(
+        problem,
+        engines={
+            engine: {name: tuple(values) for name, values in options.items()}
+            for engine, options in study.engines.items()
+        },
+        loads=tuple(study.workload.loads),
+        modes=modes,
+        roles={role: _role_choices(study, role) for mode in modes for role in mode.roles},
+    )
+
+
+def _role_choices(study: StudyFile, role: Role) -> RoleChoices:
+    own: RoleSection = getattr(study.space, str(role))
+    lists = {name: tuple(getattr(own, name) or getattr(study.space, name)) for name in _ROLE_LISTS}
+    return RoleChoices(
+        node_pools=tuple(own.node_pools or study.node_pools),
+        options={name: tuple(values) for name, values in own.options.items()},
+        **lists,
+    )
+
+
+def make_rule(study: StudyFile) -> MeasurementRule:
+    """How carefully `study` measures."""
+    return MeasurementRule(**study.measurement.model_dump())
+
+
+def make_limits(study: StudyFile) -> TimeLimits:
+    """Time limits of the phases of a trial."""
+    return TimeLimits(**study.limits.model_dump())
+
+
+def make_budget(study: StudyFile) -> Budget:
+    """When `study` ends."""
+    return Budget(trials=study.budget.trials, wall_s=study.budget.wall_time)
+
+
+def make_predictor(problem: Problem, study: StudyFile) -> CalibratedPredictor:
+    """The performance model of `problem`, not corrected by any measurement yet."""
+    return CalibratedPredictor(model=ServingPredictor(problem, run_requests=study.measurement.requests))
+
+
+def connector(address: str | None) -> Connect:
+    """How to reach a cluster: a Ray cluster at `address`, or one that is started on this machine."""
+    raise NotImplementedError

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -153,10 +153,10 @@ class _Driver:
         self._start_sending()
         beat = asyncio.create_task(self._heartbeat())
         try:
-            await asyncio.wait_for(self._over.wait(), self._run.limit_s)
-        except TimeoutError:
-            self._over.set()
+            with suppress(TimeoutError):  # `LoadResult.timed_out` says so
+                await asyncio.wait_for(self._over.wait(), self._run.limit_s)
         finally:
+            self._over.set()
             self._client.abandon()
             await asyncio.gather(beat, *self._tasks)
             self._client.close()

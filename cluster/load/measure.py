@@ -106,15 +106,22 @@ def _failed_requests(run: LoadRun, result: LoadResult) -> Failure | None:
 def _timed_out(run: LoadRun, result: LoadResult) -> Failure | None:
     if not result.timed_out:
         return None
-    ended = sum(timing.completed or timing.failed for timing in result.timings.of_phase(Phase.MEASURED))
-    warm = sum(timing.completed or timing.failed for timing in result.timings.of_phase(Phase.WARM_UP))
+    ended = sum(_has_ended(timing) for timing in result.timings.of_phase(Phase.MEASURED))
+    warm = sum(_has_ended(timing) for timing in result.timings.of_phase(Phase.WARM_UP))
+    failed = [timing for timing in result.timings.requests if timing.failed]
+    faults = f"; {len(failed)} failed, the first with: {failed[0].error_text}" if failed else ""
     return _failure(
         run,
         result,
         FailureReason.MEASUREMENT_TIMEOUT,
         f"{ended} of {run.rule.requests} measured requests (and {warm} of {run.warm_up_requests} of the warm-up) had "
-        f"ended after {run.limit_s:g} s under {run.load}; raise measure_s or measure fewer requests",
+        f"ended after {run.limit_s:g} s under {run.load}{faults}; raise measure_s or measure fewer "
+        "requests",
     )
+
+
+def _has_ended(timing: RequestTiming) -> bool:
+    return timing.completed or timing.failed
 
 
 def _late(run: LoadRun, result: LoadResult) -> Failure | None:

@@ -122,6 +122,7 @@ def summarise(
             f"each of {len(completed)} answers came in one event, so there is no ITL; the server must stream its tokens"
         )
     rates = _rates(timings, start_ns, end_ns)
+    good_share = sum(meets(latency, slos) for latency in latencies) / len(latencies)
     return ServingMetrics(
         ttft_ms=percentiles([latency.ttft_ms for latency in latencies]),
         tpot_ms=percentiles([latency.tpot_ms for latency in latencies if latency.tpot_ms is not None]),
@@ -130,7 +131,7 @@ def summarise(
         output_tokens_per_s=rates.output_tokens_per_s,
         input_tokens_per_s=rates.input_tokens_per_s,
         requests_per_s=rates.requests_per_s,
-        goodput_rps=rates.requests_per_s * sum(meets(latency, slos) for latency in latencies) / len(latencies),
+        goodput_rps=rates.requests_per_s * good_share,
         requests=len(completed),
         errors=sum(timing.failed for timing in measured),
         duration_s=(end_ns - start_ns) / _NS_PER_S,

@@ -17,6 +17,8 @@ from typing import NoReturn, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+API_KEY_VARIABLE = "TUNER_API_KEY"
+"""Names the environment variable whose value clients must send as a bearer token, to replicas and router alike."""
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _POLL_S = 0.5
 

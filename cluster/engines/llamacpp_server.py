@@ -24,7 +24,14 @@ from typing import TYPE_CHECKING, Literal
 import psutil
 from pydantic import BaseModel, Field, model_validator
 
-from cluster.engines.child_process import Exit, die_with_parent, die_with_parent_thread, fail, read_spec
+from cluster.engines.child_process import (
+    API_KEY_VARIABLE,
+    Exit,
+    die_with_parent,
+    die_with_parent_thread,
+    fail,
+    read_spec,
+)
 
 if TYPE_CHECKING:
     import xllamacpp
@@ -184,6 +191,8 @@ def _parameters(spec: ServerSpec) -> xllamacpp.CommonParams:
     params.endpoint_slots = params.endpoint_metrics = True
     params.slot_save_path = f"{spec.slot_dir}/"
     params.ui, params.sse_ping_interval = False, -1
+    if API_KEY_VARIABLE in os.environ:
+        params.api_keys = [os.environ[API_KEY_VARIABLE]]
     return params
 
 

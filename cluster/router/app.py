@@ -13,12 +13,13 @@ import aiohttp
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from cluster.engines.child_process import API_KEY_VARIABLE
 from cluster.router.aggregated import AggregatedRoute
 from cluster.router.disaggregated import DisaggregatedRoute
 from cluster.router.options import RouterOptions
 from cluster.router.records import Ending, Record, Records, summary
 from cluster.router.requests import BadRequestError, parse_request
-from cluster.router.upstream import API_KEY_VARIABLE, BrokenStreamError, UpstreamError, open_session
+from cluster.router.upstream import BrokenStreamError, UpstreamError, open_session
 
 LARGEST_REQUEST_BYTES = 64 * 2**20
 HEALTH_TIMEOUT_S = 5.0
@@ -72,7 +73,7 @@ class Router:
         self._records.add(record, Ending.COMPLETED)
         return response
 
-    async def health(self, _request: web.Request) -> web.Response:
+    async def health(self) -> web.Response:
         """GET /health: 200 where every replica is healthy, else 503 with those that are not."""
         faults = [fault for fault in await asyncio.gather(*map(self._fault, self._urls)) if fault]
         return web.json_response(
@@ -120,10 +121,22 @@ def make_app(options: RouterOptions) -> web.Application:
             yield
 
     app.cleanup_ctx.append(routes)
-    app.router.add_post("/v1/completions", lambda request: request.app[ROUTER].completions(request))
-    app.router.add_get("/health", lambda request: request.app[ROUTER].health(request))
-    app.router.add_get("/router/stats", lambda request: request.app[ROUTER].stats(request))
+    app.router.add_post("/v1/completions", _completions)
+    app.router.add_get("/health", _health)
+    app.router.add_get("/router/stats", _stats)
     return app
+
+
+async def _completions(request: web.Request) -> web.StreamResponse:
+    return await request.app[ROUTER].completions(request)
+
+
+async def _health(request: web.Request) -> web.Response:
+    return await request.app[ROUTER].health()
+
+
+async def _stats(request: web.Request) -> web.Response:
+    return await request.app[ROUTER].stats(request)
 
 
 def _guard(key: str | None) -> Middleware:

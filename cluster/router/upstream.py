@@ -15,7 +15,8 @@ import aiohttp
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
-API_KEY_VARIABLE = "TUNER_API_KEY"
+from cluster.engines.child_process import API_KEY_VARIABLE
+
 ACTION_TIMEOUT_S = 120.0
 """Longest wait for a slot action, which queues behind the step that the engine computes."""
 TAIL_BYTES = 8192

@@ -1,0 +1,283 @@
+"""What runs in a deployment's bundles: an actor for each process, and one that is the load generator.
+
+Plain classes; `cluster.ray_deployment` makes actors of them. They return small values: logs and timings are files.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from cluster.engines.base import EngineBackend, LaunchCommand, ReplicaSpec, RouterSpec
+from cluster.load.driver import LoadRun
+from cluster.load.measure import LoadOutcome, measure
+from cluster.node_facts import NodeFacts, cpu_model, gpu_models, machine_id, usable_cores
+from cluster.processes import ManagedProcess, Tags, free_port, wait_until_answers
+from search_spaces.errors import InvalidValueError
+from search_spaces.model import ModelSpec
+from search_spaces.outcome import Failure, FailureReason
+from search_spaces.problem import Slo
+from search_spaces.serving import Pool
+from search_spaces.workload import Workload
+
+PORT_TRIES = 3
+STATS_LIMIT_BYTES = 4_000_000
+STATS_LIMIT_S = 5.0
+STATS_RECORDS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaJob:
+    """A replica to serve; host, port and the devices' ids are added on its node."""
+
+    backend: EngineBackend
+    trial: str
+    pool: Pool
+    index: int
+    model: ModelSpec
+    workload: Workload
+    model_dir: Path
+    work_dir: Path
+    shared_dir: Path
+    peer: Pool | None = None
+
+    @property
+    def log(self) -> Path:
+        """The replica's log file."""
+        return self.work_dir / f"{self.pool.role}-{self.index}.log"
+
+    def command(self, host: str, port: int, device_ids: tuple[int, ...]) -> LaunchCommand:
+        """The process; raises what the backend raises for a bad configuration."""
+        return self.backend.replica_command(
+            ReplicaSpec(
+                trial=self.trial,
+                pool=self.pool,
+                index=self.index,
+                host=host,
+                port=port,
+                model=_prepared(self.backend, self.model, self.model_dir),
+                workload=self.workload,
+                device_ids=device_ids,
+                work_dir=self.work_dir,
+                shared_dir=self.shared_dir,
+                peer=self.peer,
+            )
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterJob:
+    """The router to serve; host and port in `spec` are replaced on its node."""
+
+    backend: EngineBackend
+    spec: RouterSpec
+    work_dir: Path
+
+    @property
+    def log(self) -> Path:
+        """The router's log file."""
+        return self.work_dir / "router.log"
+
+    def command(self, host: str, port: int, device_ids: tuple[int, ...]) -> LaunchCommand:
+        """The process."""
+        del device_ids
+        return self.backend.router_command(replace(self.spec, host=host, port=port))
+
+
+Job = ReplicaJob | RouterJob
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """A process that serves."""
+
+    url: str
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """Where a process runs: the address of its node, the cores that it keeps to, and the ids of its devices."""
+
+    host: str
+    cores: tuple[int, ...]
+    device_ids: tuple[int, ...] = ()
+
+
+class ProcessActor:
+    """Owns one process of a deployment. Calls may overlap: `serve`, `watch` and `stop` each wait in a thread."""
+
+    def __init__(self, tags: Tags) -> None:
+        self._tags = tags
+        self._process: ManagedProcess | None = None
+        self._stopping = threading.Event()
+        # the kernel ends a process with the thread that started it: this one lives as long as the actor
+        self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="process-starter")
+
+    def facts(self) -> NodeFacts:
+        """The node of this actor, and its GPUs."""
+        return node_facts()
+
+    def serve(self, job: Job, seat: Seat, limit_s: float) -> Serving | Failure:
+        """Start the process of `job` and wait until it serves; tries other ports where one was taken meanwhile."""
+        failure = Failure(reason=FailureReason.TRANSPORT, detail="no port was tried")
+        for _ in range(PORT_TRIES):
+            if self._stopping.is_set():
+                return Failure(reason=FailureReason.LOST_COORDINATOR, detail="stopped before it was started")
+            outcome = self._serve_once(job, seat, limit_s)
+            if isinstance(outcome, Serving) or outcome.reason is not FailureReason.TRANSPORT:
+                return outcome
+            failure = outcome
+        return failure
+
+    def watch(self, backend: EngineBackend) -> Failure | None:
+        """Wait until the process ends: why it did, or None where it was stopped on purpose."""
+        process = self._process
+        if process is None:
+            return None
+        while process.wait(3600.0) is None:
+            continue
+        return None if self._stopping.is_set() else self._ended(process, backend, ready=True)
+
+    def autopsy(self, backend: EngineBackend, grace_s: float) -> Failure | None:
+        """Why the process is dead, None where it lives; waits `grace_s` for one that is about to die."""
+        process = self._process
+        if process is None or process.wait(grace_s) is None:
+            return None
+        return self._ended(process, backend, ready=True)
+
+    def tail(self) -> str:
+        """Last lines of the process's log."""
+        return "" if self._process is None else self._process.tail()
+
+    def stop(self, limit_s: float) -> None:
+        """End the process and its descendants."""
+        self._stopping.set()
+        if self._process is not None:
+            self._process.terminate(limit_s)
+
+    def _serve_once(self, job: Job, seat: Seat, limit_s: float) -> Serving | Failure:
+        port = free_port(seat.host)
+        try:
+            command = job.command(seat.host, port, seat.device_ids)
+        except InvalidValueError as error:
+            return Failure(reason=FailureReason.INVALID_FLAGS, detail=str(error))
+        self._process = process = self._starter.submit(self._start, command, job.log, seat.cores).result()
+        url = f"http://{seat.host}:{port}"
+        if wait_until_answers(process, url + command.ready_path, limit_s):
+            return Serving(url=url, pid=process.pid)
+        if process.exit_code() is not None:
+            return self._ended(process, job.backend, ready=False)
+        reason = job.backend.classify(None, process.tail(), ready=False)
+        detail = f"{job.log.stem} did not answer {command.ready_path} within {limit_s:.0f} s; raise start_s"
+        return Failure(reason=reason, detail=detail, log_tail=process.tail())
+
+    def _start(self, command: LaunchCommand, log: Path, cores: tuple[int, ...]) -> ManagedProcess:
+        env = {**command.env, **self._tags.environment()}
+        return ManagedProcess(argv=command.argv, env=env, log=log, cores=cores)
+
+    def _ended(self, process: ManagedProcess, backend: EngineBackend, *, ready: bool) -> Failure:
+        code, tail = process.exit_code(), process.tail()
+        when = "under load" if ready else "before it served"
+        how = f"was ended by signal {-code}" if code is not None and code < 0 else f"exited with code {code}"
+        return Failure(
+            reason=backend.classify(code, tail, ready=ready),
+            detail=f"{process.log.stem} {how} {when}",
+            log_tail=tail,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReply:
+    """What the load generator says; `router_stats` is the router's own JSON, None where there is no router."""
+
+    outcome: LoadOutcome
+    router_stats: str | None = None
+
+
+class LoadActor:
+    """The load generator of a deployment, on cores of its own."""
+
+    def facts(self) -> NodeFacts:
+        """The node of this actor."""
+        return node_facts()
+
+    def measure(
+        self,
+        run: LoadRun,
+        *,
+        slos: Sequence[Slo],
+        devices: int,
+        price_per_hour: float,
+        cores: Sequence[int],
+        router_url: str | None,
+    ) -> LoadReply:
+        """Put the load on, pinned to `cores`."""
+        pin_all_threads(cores)
+        began_ns = time.time_ns()
+        outcome = measure(run, slos=slos, devices=devices, price_per_hour=price_per_hour)
+        stats = None if router_url is None else router_stats(router_url, since_ns=began_ns)
+        return LoadReply(outcome=outcome, router_stats=stats)
+
+
+def pin_all_threads(cores: Sequence[int]) -> None:
+    """Keep every thread of this process to `cores` (Linux; elsewhere a no-op)."""
+    if not cores or not hasattr(os, "sched_setaffinity"):
+        return
+    for thread in Path("/proc/self/task").iterdir():
+        try:
+            os.sched_setaffinity(int(thread.name), cores)
+        except ProcessLookupError:  # the thread has ended meanwhile
+            continue
+
+
+def router_stats(url: str, since_ns: int) -> str | None:
+    """JSON of the router's `/router/stats` since a Unix time, None where it has none or more than some megabytes."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=STATS_LIMIT_S)
+    try:
+        connection.request("GET", f"/router/stats?since_ns={since_ns}&last={STATS_RECORDS}")
+        response = connection.getresponse()
+        body = response.read(STATS_LIMIT_BYTES + 1)
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+    if response.status != http.client.OK or len(body) > STATS_LIMIT_BYTES:
+        return None
+    return body.decode(errors="replace")
+
+
+def node_facts() -> NodeFacts:
+    """Facts of the node on which this actor runs."""
+    import socket
+
+    import ray
+
+    context = ray.get_runtime_context()
+    return NodeFacts(
+        node_id=context.get_node_id(),
+        host=socket.gethostname(),
+        machine=machine_id(),
+        cores=usable_cores(),
+        cpu_model=cpu_model(),
+        gpu_models=gpu_models(),
+        gpu_ids=tuple(int(gpu) for gpu in context.get_accelerator_ids().get("GPU", ())),
+    )
+
+
+def _prepared(backend: EngineBackend, model: ModelSpec, directory: Path) -> ModelSpec:
+    """`backend.prepare`, one replica of a node at a time: the first makes the files, the others find them."""
+    import fcntl
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return backend.prepare(model, directory)

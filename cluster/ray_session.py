@@ -1,0 +1,267 @@
+"""A Ray cluster for a study: a local one that ends with the driver, or one that is joined."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ParamSpec, Self, TypeVar
+
+from cluster.node_facts import usable_cores
+from cluster.placement import (
+    ACCELERATOR_SHARE,
+    CLIENT_CPUS,
+    HOST_CPUS_PER_GPU,
+    ROUTER_CPUS,
+    NodeView,
+    PlacementError,
+    check_pools,
+)
+from search_spaces.errors import TunerError
+from search_spaces.hardware import DeviceKind, NodePool
+
+INIT_TRIES = 2
+TCP_LIMIT_S = 5.0
+_AUTH_MODE, _AUTH_TOKEN, _AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+_log = logging.getLogger(__name__)
+
+
+class ClusterError(TunerError):
+    """The Ray cluster cannot be started or joined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayCluster:
+    """A connection to Ray. `warnings` are for the user; `oversubscribed` goes into every record."""
+
+    address: str
+    pools: tuple[NodePool, ...]
+    local: bool
+    trials_at_once: int
+    oversubscribed: bool = False
+    warnings: tuple[str, ...] = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def nodes(self) -> list[NodeView]:
+        """The live nodes."""
+        return [_node_view(node) for node in _raw_nodes() if node["Alive"]]
+
+    def run_on_pool(
+        self,
+        pool: NodePool,
+        devices: int,
+        limit_s: float,
+        function: Callable[Arguments, Result],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Result:
+        """Call `function` (of an importable module) on a node of `pool` with `devices` reserved; its result is small.
+
+        On a CPU pool it runs pinned to as many cores, the first of the node, as a replica would. Raises `ClusterError`
+        where it did not return within `limit_s`, and what `function` raises.
+        """
+        import ray
+
+        gpus = devices if pool.device.kind is DeviceKind.GPU else 0
+        types = (
+            {} if pool.accelerator_type is None else {f"accelerator_type:{pool.accelerator_type}": ACCELERATOR_SHARE}
+        )
+        task: Any = ray.remote(max_calls=1)(_pinned).options(
+            num_cpus=gpus * HOST_CPUS_PER_GPU if gpus else devices,
+            num_gpus=gpus,
+            resources=types,
+            label_selector=dict(pool.labels),
+            max_retries=0,
+        )
+        reference = task.remote(0 if gpus else devices, function, args, kwargs)
+        try:
+            result: Result = ray.get(reference, timeout=limit_s)
+        except ray.exceptions.GetTimeoutError as error:
+            ray.cancel(reference, force=True)
+            raise ClusterError(
+                f"{function.__name__} on node pool {pool.name!r} did not end within {limit_s:g} s; is the pool busy?"
+            ) from error
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        return result
+
+    def close(self) -> None:
+        """Leave the cluster; one that was started here ends."""
+        import ray
+
+        ray.shutdown()
+
+
+def connect(address: str | None, pools: Sequence[NodePool], *, trials_at_once: int = 1) -> RayCluster:
+    """Start Ray on this machine (`address` None) or join it at `address` (host:port or `auto`), and find `pools` there.
+
+    Raises `ClusterError` where Ray cannot be started or joined, `PlacementError` where a declared pool is not there.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 announces this as its coming default
+    cluster = _start(pools, trials_at_once) if address is None else _join(address, pools, trials_at_once)
+    try:
+        check_pools(pools, cluster.nodes())
+    except PlacementError:
+        cluster.close()
+        raise
+    for warning in cluster.warnings:
+        _log.warning(warning)
+    return cluster
+
+
+def _start(pools: Sequence[NodePool], trials_at_once: int) -> RayCluster:
+    pool = _only_local_pool(pools)
+    on_gpu = pool.device.kind is DeviceKind.GPU
+    serving = pool.devices * HOST_CPUS_PER_GPU if on_gpu else float(pool.devices)
+    cpus = serving + trials_at_once * (CLIENT_CPUS + ROUTER_CPUS)
+    cores = len(usable_cores())
+    oversubscribed = serving + CLIENT_CPUS > cores
+    warnings = [_oversubscription(pool, serving, cores)] if oversubscribed else []
+    context = _initialise(
+        include_dashboard=False,
+        num_cpus=math.ceil(max(cpus, cores)),
+        labels=dict(pool.labels),
+        _node_ip_address="127.0.0.1",
+    )
+    return RayCluster(
+        address=context.address_info["address"],
+        pools=tuple(pools),
+        local=True,
+        trials_at_once=trials_at_once,
+        oversubscribed=oversubscribed,
+        warnings=tuple(warnings),
+    )
+
+
+def _only_local_pool(pools: Sequence[NodePool]) -> NodePool:
+    nodes = sum(pool.nodes for pool in pools)
+    if len(pools) != 1 or nodes != 1:
+        raise ClusterError(
+            f"the node pools have {nodes} nodes, and a Ray that is started here has one; join a cluster with --address "
+            "(or declare one pool of one node)"
+        )
+    return pools[0]
+
+
+def _oversubscription(pool: NodePool, serving: float, cores: int) -> str:
+    return (
+        f"node pool {pool.name!r} takes {serving:g} cores and the load generator {CLIENT_CPUS:g}, but this machine has "
+        f"{cores}: cores are shared, and timings suffer; declare fewer devices per node to measure undisturbed"
+    )
+
+
+def _initialise(**options: Any) -> Any:
+    """`ray.init` with little noise; tried again once, as it fails now and then on a loaded machine."""
+    import ray
+
+    for last in (False, True):
+        try:
+            return ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
+        except (RuntimeError, ConnectionError, TimeoutError, OSError) as error:
+            ray.shutdown()
+            if last:
+                raise ClusterError(f"Ray could not be started: {error}") from error
+            _log.warning("Ray could not be started (%s); trying once more", error)
+            time.sleep(1.0)
+    raise AssertionError("unreachable")
+
+
+def _join(address: str, pools: Sequence[NodePool], trials_at_once: int) -> RayCluster:
+    _use_token_if_there_is_one()
+    _check_reachable(address)
+    import ray
+
+    try:
+        context: Any = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ray.exceptions.AuthenticationError as error:
+        raise ClusterError(_token_help(address, str(error).split(". ")[0])) from error
+    except (ConnectionError, RuntimeError) as error:
+        raise ClusterError(_token_help(address, str(error))) from error
+    return RayCluster(
+        address=context.address_info["address"], pools=tuple(pools), local=False, trials_at_once=trials_at_once
+    )
+
+
+def _use_token_if_there_is_one() -> None:
+    """Ask for token authentication where a token is at hand: it works with clusters that want one and that do not.
+
+    Ray does so itself for `auto`, and not for an explicit address (2.60).
+    """
+    path = Path(os.environ.get(_AUTH_TOKEN_PATH, Path.home() / ".ray" / "auth_token"))
+    if _AUTH_MODE in os.environ or not (_AUTH_TOKEN in os.environ or path.is_file()):
+        return
+    os.environ[_AUTH_MODE] = "token"
+    from ray._raylet import Config  # type: ignore[attr-defined]  # a compiled module without types
+
+    Config.initialize("")  # the mode is read when ray is imported; nothing public reads it again
+
+
+def _check_reachable(address: str) -> None:
+    """Fail at once where nothing listens: Ray itself tries for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()) or address.startswith("ray://"):
+        raise ClusterError(
+            f"address={address!r} is no Ray address; give host:port of the head node, such as 10.0.0.1:6379"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=TCP_LIMIT_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray cluster listens at {address} ({error}); start one with: ray start --head"
+        ) from error
+
+
+def _token_help(address: str, cause: str) -> str:
+    mode = os.environ.get(_AUTH_MODE, "unset")
+    return (
+        f"Ray at {address} cannot be joined: {cause}. With {_AUTH_MODE}={mode} here: where the cluster wants a token, "
+        f"set {_AUTH_MODE}=token and give its token in {_AUTH_TOKEN}, {_AUTH_TOKEN_PATH} or ~/.ray/auth_token; "
+        "check too that this Ray and Python have the cluster's versions"
+    )
+
+
+def _raw_nodes() -> list[dict[str, Any]]:
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # ray leaves it without types
+    return nodes
+
+
+def _node_view(node: dict[str, Any]) -> NodeView:
+    resources: dict[str, float] = node["Resources"]
+    prefix = "accelerator_type:"
+    return NodeView(
+        node_id=node["NodeID"],
+        host=node["NodeManagerHostname"],
+        ip=node["NodeManagerAddress"],
+        cpus=resources.get("CPU", 0.0),
+        gpus=resources.get("GPU", 0.0),
+        labels=dict(node["Labels"]),
+        accelerator_types=frozenset(name.removeprefix(prefix) for name in resources if name.startswith(prefix)),
+    )
+
+
+def _pinned(cores: int, function: Callable[..., Result], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
+    """Run `function` on the first `cores` cores (0: on any)."""
+    usable = usable_cores()
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, usable[:cores])
+    return function(*args, **kwargs)

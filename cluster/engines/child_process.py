@@ -19,6 +19,8 @@ from pydantic_core import ErrorDetails
 
 API_KEY_VARIABLE = "TUNER_API_KEY"
 """Names the environment variable whose value clients must send as a bearer token, to replicas and router alike."""
+PARENT_VARIABLE = "TUNER_PARENT_PID"
+"""Names the environment variable in which a starting process may leave its id (see `die_with_parent`)."""
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _POLL_S = 0.5
 
@@ -63,31 +65,46 @@ def _fault_line(fault: ErrorDetails) -> str:
     return f"{name}={fault['input']!r}: {fault['msg']}" if name else str(fault["msg"])
 
 
-def die_with_parent_thread(enabled: bool) -> None:
-    """Let the kernel kill this process when the *thread* that started it ends, or stop doing so (Linux only).
+def die_while_loading() -> None:
+    """Let the kernel kill this process when the *thread* that started it ends (Linux), until `die_with_parent`.
 
     This works while native code holds the interpreter lock, as engines do while they load. It is meant for that time
     only: the signal follows the starting thread, and a thread may well end before its process does.
     """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL) if enabled else 0, 0, 0, 0)
+    _set_parent_death_signal(int(signal.SIGKILL))
+    _check_parent(_parent())
 
 
 def die_with_parent() -> None:
     """Exit at once when the parent *process* ends; a daemon thread waits for that.
 
     The parent is named by a pidfd (Linux 5.3), which is told at once and cannot be mistaken for a later process; where
-    there is none, the parent's id is polled twice a second.
+    there is none, the parent's id is polled twice a second. A parent that ended before this call is only noticed where
+    it left its process id in the environment variable TUNER_PARENT_PID.
     """
-    parent = os.getppid()
+    parent = _parent()
     threading.Thread(target=_wait_and_exit, args=(parent,), name="parent-watch", daemon=True).start()
+    _set_parent_death_signal(0)
+
+
+def _parent() -> int:
+    return int(os.environ.get(PARENT_VARIABLE, os.getppid()))
+
+
+def _set_parent_death_signal(number: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+def _check_parent(parent: int) -> None:
+    if os.getppid() != parent:
+        print(f"the parent process {parent} is gone: ending", file=sys.stderr, flush=True)
+        os._exit(Exit.ORPHANED)
 
 
 def _wait_and_exit(parent: int) -> None:
     _wait_for_end(parent)
-    print(f"the parent process {parent} is gone: ending", file=sys.stderr, flush=True)
-    os._exit(Exit.ORPHANED)
+    _check_parent(parent)
 
 
 def _wait_for_end(parent: int) -> None:
@@ -101,3 +118,5 @@ def _wait_for_end(parent: int) -> None:
     poll.register(descriptor, select.POLLIN)
     while os.getppid() == parent and not poll.poll(None):
         continue
+    while os.getppid() == parent:  # it has ended, but its children have not been given another parent yet
+        time.sleep(0.001)

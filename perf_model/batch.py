@@ -14,14 +14,16 @@ from perf_model.numeric import FloatArray, floats
 class StepBatch:
     """The work of one step of one rank; arrays of one shape.
 
-    `prefill_tokens` prompt tokens of `prefill_seqs` sequences are computed, each of which already has
-    `prefill_context` tokens in its KV cache (chunked prefill, prefix caching). `decode_seqs` sequences decode one token
-    each and attend to `decode_context` tokens, the new one included.
+    `prefill_tokens` prompt tokens of `prefill_seqs` sequences are computed. Each prompt has `prompt` tokens, of which
+    `cached` were in the KV cache before (prefix caching); where the step computes fewer than the others, it is the mean
+    step of a chunked prefill. `decode_seqs` sequences decode one token each and attend to `decode_context` tokens, the
+    new one included.
     """
 
     prefill_tokens: FloatArray
     prefill_seqs: FloatArray
-    prefill_context: FloatArray
+    prompt: FloatArray
+    cached: FloatArray
     decode_seqs: FloatArray
     decode_context: FloatArray
 
@@ -29,6 +31,11 @@ class StepBatch:
     def tokens(self) -> FloatArray:
         """Rows of the matrices that every layer multiplies."""
         return self.prefill_tokens + self.decode_seqs
+
+    @property
+    def prompt_share(self) -> FloatArray:
+        """Share of the prompts' new tokens that this step computes."""
+        return self.prefill_tokens / np.maximum(self.prefill_seqs * (self.prompt - self.cached), 1.0)
 
     @property
     def outputs(self) -> FloatArray:
@@ -40,13 +47,14 @@ def step_batch(
     *,
     prefill_tokens: ArrayLike = 0.0,
     prefill_seqs: ArrayLike = 0.0,
-    prefill_context: ArrayLike = 0.0,
+    prompt: ArrayLike = 0.0,
+    cached: ArrayLike = 0.0,
     decode_seqs: ArrayLike = 0.0,
     decode_context: ArrayLike = 0.0,
 ) -> StepBatch:
     """A `StepBatch` whose fields are broadcast to one shape."""
     arrays = np.broadcast_arrays(
-        *(floats(v) for v in (prefill_tokens, prefill_seqs, prefill_context, decode_seqs, decode_context))
+        *(floats(v) for v in (prefill_tokens, prefill_seqs, prompt, cached, decode_seqs, decode_context))
     )
-    names = ("prefill_tokens", "prefill_seqs", "prefill_context", "decode_seqs", "decode_context")
+    names = ("prefill_tokens", "prefill_seqs", "prompt", "cached", "decode_seqs", "decode_context")
     return StepBatch(**dict(zip(names, arrays, strict=True)))

@@ -77,12 +77,13 @@ class EmbeddedSteps:
                 f"{type(attention).__name__} of model {self.model.name!r} is not modelled on the embedded engine; "
                 "choose a model with grouped-query attention"
             )
-        pairs = attention_pairs(batch.prefill_tokens, batch.prefill_seqs, batch.prefill_context, attention.window)
+        new = batch.prefill_seqs * (batch.prompt - batch.cached)
+        pairs = batch.prompt_share * attention_pairs(new, batch.prefill_seqs, batch.cached, attention.window)
         seen = batch.decode_context
         if attention.window is not None:
             seen = np.minimum(seen, attention.window)
         decode_pairs = batch.decode_seqs * seen
         flop = 4.0 * attention.heads * attention.head_dim * (pairs + decode_pairs)
-        keys = decode_pairs + batch.prefill_seqs * batch.prefill_context + batch.prefill_tokens
+        keys = decode_pairs + batch.prefill_seqs * (batch.cached + batch.prompt) / 2.0 + batch.prefill_tokens
         traffic = attention.kv_elements_per_token * KV_BYTES[self.kv_cache_dtype] * keys
         return self._roof(self.traits.attention_efficiency).time_ms(flop, traffic)

@@ -43,8 +43,7 @@ def prefill_added_ms(
 ) -> FloatArray:
     """What the prefill of one prompt adds to the decode steps it rides on, in milliseconds, all chunks together.
 
-    The prompt's `tokens` new tokens come after `cached` ones, in equal chunks of at most `room` tokens. The mean
-    context of a chunk stands for all chunks, which is exact where time is linear in context.
+    The prompt's `tokens` new tokens come after `cached` ones, in equal chunks of at most `room` tokens.
     """
     pieces = chunks(tokens, room)
     size = tokens / pieces
@@ -52,7 +51,8 @@ def prefill_added_ms(
         step_batch(
             prefill_tokens=size,
             prefill_seqs=1.0,
-            prefill_context=cached + (tokens - size) / 2.0,
+            prompt=cached + tokens,
+            cached=cached,
             decode_seqs=decode_seqs,
             decode_context=decode_context,
         )

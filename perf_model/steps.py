@@ -1,0 +1,170 @@
+"""Step times of one rank from the operations of a replica: sums of curves and surfaces."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from perf_model.batch import StepBatch
+from perf_model.costs import OperationCosts
+from perf_model.curves import Curve, Origin, Surface, total
+from perf_model.layout import StepPlan
+from perf_model.numeric import FloatArray
+from perf_model.operations import (
+    AttentionOperation,
+    Concurrent,
+    Gemm,
+    LatentKernel,
+    LatentModule,
+    LinearKernel,
+    Operation,
+    SelfAttention,
+    SparseModule,
+    TokenOperation,
+)
+
+_ATTENTION = (SelfAttention, LatentKernel, LatentModule, SparseModule, LinearKernel)
+_SHORT = 1.0  # context at which a decode module's time is that of its projections
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """Operations of one kind of step, sorted by what their time depends on."""
+
+    tokens: tuple[TokenOperation | Concurrent, ...]
+    outputs: tuple[Gemm, ...]
+    attention: tuple[AttentionOperation, ...]
+
+
+def _phase(operations: tuple[Operation, ...]) -> _Phase:
+    attention = tuple(op for op in operations if isinstance(op, _ATTENTION))
+    outputs = tuple(op for op in operations if isinstance(op, Gemm) and op.outputs_only)
+    tokens = tuple(op for op in operations if not isinstance(op, _ATTENTION) and op not in outputs)
+    return _Phase(tokens=tokens, outputs=outputs, attention=attention)
+
+
+@dataclass(frozen=True)
+class TableSteps:
+    """Step times from operation tables: what `phases.StepTimes` asks for, with the origin of each share."""
+
+    plan: StepPlan
+    costs: OperationCosts
+
+    @cached_property
+    def _prefill(self) -> _Phase:
+        return _phase(self.plan.prefill)
+
+    @cached_property
+    def _decode(self) -> _Phase:
+        return _phase(self.plan.decode)
+
+    @cached_property
+    def _curves(self) -> dict[str, Curve]:
+        curve = self.costs.token_curve
+        return {
+            "prefill tokens": total([curve(op) for op in self._prefill.tokens]),
+            "decode tokens": total([curve(op) for op in self._decode.tokens]),
+            "outputs": total([curve(op) for op in self._decode.outputs]),
+        }
+
+    @cached_property
+    def _prefill_surfaces(self) -> list[tuple[AttentionOperation, Surface]]:
+        return [(op, self.costs.surface(op, decode=False)) for op in self._prefill.attention]
+
+    @cached_property
+    def _decode_surfaces(self) -> list[tuple[AttentionOperation, Surface]]:
+        return [(op, self.costs.surface(op, decode=True)) for op in self._decode.attention]
+
+    def step_ms(self, batch: StepBatch) -> FloatArray:
+        """Duration of each step, in milliseconds; nothing to do takes no time."""
+        mixed = batch.prefill_tokens > 0
+        time = self._curves["outputs"](batch.outputs)
+        if np.all(mixed):
+            time = time + self._curves["prefill tokens"](batch.tokens) + self._prefill_attention(batch)
+        elif not np.any(mixed):
+            time = time + self._curves["decode tokens"](batch.tokens)
+        else:
+            with_prompt = self._curves["prefill tokens"](batch.tokens) + self._prefill_attention(batch)
+            time = time + np.where(mixed, with_prompt, self._curves["decode tokens"](batch.tokens))
+        if np.any(batch.decode_seqs > 0):
+            time = time + self._decode_attention(batch, mixed)
+        return np.where(batch.tokens > 0, time, 0.0)
+
+    def _prefill_attention(self, batch: StepBatch) -> FloatArray:
+        parts = [op.count * prefill_time(op, surface, batch) for op, surface in self._prefill_surfaces]
+        return np.sum(parts, axis=0)
+
+    def _decode_attention(self, batch: StepBatch, mixed: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> FloatArray:
+        parts = [op.count * decode_time(op, surface, batch, mixed) for op, surface in self._decode_surfaces]
+        return np.sum(parts, axis=0) * (batch.decode_seqs > 0)
+
+    def breakdown_ms(self, batch: StepBatch) -> dict[str, FloatArray]:
+        """Milliseconds by operation; they add up to `step_ms`."""
+        parts: dict[str, FloatArray] = defaultdict(lambda: np.zeros(batch.tokens.shape))
+        mixed = batch.prefill_tokens > 0
+        busy = batch.tokens > 0
+        for phase, chosen in ((self._prefill, mixed), (self._decode, ~mixed)):
+            for token_op in phase.tokens:
+                parts[token_op.name] += chosen * busy * self.costs.token_curve(token_op)(batch.tokens)
+        for gemm in self._decode.outputs:
+            parts[gemm.name] += busy * self.costs.token_curve(gemm)(batch.outputs)
+        for op, surface in self._prefill_surfaces:
+            parts[f"prefill {op.name}"] += mixed * op.count * prefill_time(op, surface, batch)
+        for op, surface in self._decode_surfaces:
+            time = op.count * decode_time(op, surface, batch, mixed)
+            parts[f"decode {op.name}"] += time * (batch.decode_seqs > 0)
+        return dict(parts)
+
+    def origins(self, batch: StepBatch) -> dict[Origin, float]:
+        """Share of the time of a single step (arrays of one element) by where it comes from."""
+        mixed = bool(batch.prefill_tokens.flat[0] > 0)
+        tokens, outputs = float(batch.tokens.flat[0]), float(batch.outputs.flat[0])
+        parts: list[tuple[Origin, float]] = []
+        phase = self._prefill if mixed else self._decode
+        for op, at in [(op, tokens) for op in phase.tokens] + [(op, outputs) for op in self._decode.outputs]:
+            found = self.costs.token_curve(op)
+            parts.append((found.origin_at(at), float(found(np.array(at)))))
+        for op, surface in self._prefill_surfaces if mixed else ():
+            time = float(op.count * prefill_time(op, surface, batch).flat[0])
+            parts.append((surface.origin_at(float(batch.prefill_seqs.flat[0]), float(batch.prompt.flat[0])), time))
+        for op, surface in self._decode_surfaces if batch.decode_seqs.flat[0] > 0 else ():
+            time = float(op.count * decode_time(op, surface, batch, batch.prefill_tokens > 0).flat[0])
+            at_seqs, at_context = float(batch.decode_seqs.flat[0]), float(batch.decode_context.flat[0])
+            parts.append((surface.origin_at(at_seqs, at_context), time))
+        whole = sum(time for _, time in parts)
+        return {origin: sum(t for o, t in parts if o is origin) / whole for origin in Origin}
+
+
+def prefill_time(op: AttentionOperation, surface: Surface, batch: StepBatch) -> FloatArray:
+    """One layer's attention to the step's prompt tokens.
+
+    The surface knows whole prompts. Of a prompt with `cached` tokens, what remains is 1 - (cached / prompt)^2 of the
+    query-key pairs (a linear share where attention or its projections dominate linearly), and a step of a chunked prefill
+    computes its share of that.
+    """
+    whole = surface(np.maximum(batch.prefill_seqs, 1.0), batch.prompt)
+    remaining = batch.cached / np.maximum(batch.prompt, 1.0)
+    if isinstance(op, SelfAttention | LatentKernel):
+        remaining = remaining**2
+    return whole * (1.0 - remaining) * batch.prompt_share
+
+
+def decode_time(
+    op: AttentionOperation,
+    surface: Surface,
+    batch: StepBatch,
+    mixed: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
+) -> FloatArray:
+    """One layer's attention of the decoding sequences.
+
+    In a step with prompt tokens the projections of a module are computed with the prompt's, so only what grows with the
+    context counts there.
+    """
+    time = surface(batch.decode_seqs, batch.decode_context)
+    if isinstance(op, LatentModule | SparseModule) and np.any(mixed):
+        projections = surface(batch.decode_seqs, np.full_like(batch.decode_context, _SHORT))
+        time = np.where(mixed, np.maximum(time - projections, 0.0), time)
+    return time

@@ -1,0 +1,347 @@
+"""What measurements teach the model: a Gaussian process over log(measured / predicted) of one metric.
+
+The kernel is additive and pools hierarchically. With m the number of categories (mode, engine, node type, precision, ...)
+in which two candidates differ, d_s and d_l their distances over log sizes and over log loads:
+
+    k = bias^2                                              what every candidate shares
+      + level^2 * rho^m                                     a level per category, alike where most categories agree
+      + trend^2 * rho^m * exp(-d_s^2 / 2 l_s^2 - d_l^2 / 2 l_l^2)   smooth in size and load
+      + deployment^2 * [same deployment] * exp(-d_l^2 / 2 (2 l_l)^2)  what one deployment has of its own
+      + noise^2 * [same observation]
+
+Without observations the correction is zero and the standard deviation that of the prior. Hyperparameters maximise the
+marginal likelihood times a log-normal prior (Rasmussen and Williams, 2006, sections 2.2 and 5.4), so that a dozen
+measurements move them little and some hundred decide. Outliers are told by their leave-one-out residual (ibid.,
+equation 5.12) and count with a larger noise, as under Student-t errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, field, fields, replace
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.linalg import cho_factor, cho_solve, solve_triangular
+from scipy.optimize import minimize
+
+from perf_model.numeric import FloatArray, IntArray, floats
+from search_spaces.errors import require
+
+FITTED_ON_AT_MOST = 160
+"""Observations that decide the hyperparameters; more of them cost cubic time and hardly move the optimum."""
+
+STUDENT_DEGREES = 4.0
+"""Degrees of freedom of the errors: the usual compromise between efficiency and robustness (Lange et al., 1989)."""
+
+WIDTH_PRIOR_OBSERVATIONS = 10.0
+"""How many residuals of unit size the width of the intervals starts from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What the surrogate sees of n candidates.
+
+    `categories` (n, c) holds an integer code for each name, `sizes` (n, s) natural logarithms of parallel sizes and
+    numeric options, `loads` (n, l) natural logarithms of the load and of what the model says of it, `deployment` (n,) a
+    code that candidates share which differ in load only.
+    """
+
+    categories: IntArray
+    sizes: FloatArray
+    loads: FloatArray
+    deployment: IntArray
+
+    def __post_init__(self) -> None:
+        counts = {len(self.categories), len(self.sizes), len(self.loads), len(self.deployment)}
+        require(len(counts) == 1, f"features have {sorted(counts)} rows; give one row per candidate in each")
+        require(bool(np.isfinite(self.sizes).all()), "a size is not finite; encode an absent one as 0")
+        require(bool(np.isfinite(self.loads).all()), "a load is not finite; predict every candidate first")
+
+    def __len__(self) -> int:
+        """Number of candidates."""
+        return len(self.deployment)
+
+    def take(self, rows: ArrayLike) -> Features:
+        """The candidates in `rows` (indices or a mask)."""
+        index = np.asarray(rows)
+        return Features(
+            categories=self.categories[index],
+            sizes=self.sizes[index],
+            loads=self.loads[index],
+            deployment=self.deployment[index],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """Standard deviations of the parts of the kernel (in log units), `rho` in (0, 1) and two length scales."""
+
+    bias: float = 0.25
+    level: float = 0.2
+    trend: float = 0.25
+    deployment: float = 0.1
+    noise: float = 0.05
+    rho: float = 0.6
+    size_scale: float = 1.5
+    load_scale: float = 1.5
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            require(value > 0, f"{item.name}={value} must be above 0")
+        require(self.rho < 1, f"rho={self.rho} must be below 1")
+
+    def to_vector(self) -> FloatArray:
+        """Unconstrained coordinates: logarithms, and the logit of rho."""
+        vector = np.log(floats(astuple(self)))
+        vector[_RHO] = np.log(self.rho / (1 - self.rho))
+        return vector
+
+    @staticmethod
+    def from_vector(vector: FloatArray) -> Hyperparameters:
+        """The inverse of `to_vector`."""
+        values = np.exp(np.clip(vector, -12, 12))
+        values[_RHO] = values[_RHO] / (1 + values[_RHO])
+        return Hyperparameters(**dict(zip(_NAMES, values.tolist(), strict=True)))
+
+
+_NAMES = tuple(item.name for item in fields(Hyperparameters))
+_RHO = _NAMES.index("rho")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HyperPrior:
+    """Log-normal prior of the hyperparameters: a centre, and the standard deviation of each logarithm (of rho's logit)."""
+
+    centre: Hyperparameters = field(default_factory=Hyperparameters)
+    spread: float = 0.7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """Mean and standard deviation of log(measured / predicted), each (n,)."""
+
+    mean: FloatArray
+    stddev: FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Distances:
+    """Pairwise facts between two sets of candidates, each (a, b)."""
+
+    mismatches: FloatArray
+    size: FloatArray
+    load: FloatArray
+    same_deployment: FloatArray
+
+
+def _squared(first: FloatArray, second: FloatArray) -> FloatArray:
+    total = (first**2).sum(1)[:, None] + (second**2).sum(1)[None, :] - 2 * first @ second.T
+    return np.maximum(total, 0.0)
+
+
+def _distances(first: Features, second: Features) -> _Distances:
+    mismatches = np.zeros((len(first), len(second)))
+    for left, right in zip(first.categories.T, second.categories.T, strict=True):
+        mismatches += left[:, None] != right[None, :]
+    return _Distances(
+        mismatches=mismatches,
+        size=_squared(first.sizes, second.sizes),
+        load=_squared(first.loads, second.loads),
+        same_deployment=(first.deployment[:, None] == second.deployment[None, :]).astype(float),
+    )
+
+
+def _parts(gap: _Distances, hyper: Hyperparameters) -> tuple[float, FloatArray, FloatArray, FloatArray]:
+    """Bias, level, trend and deployment parts of the kernel; the noise is not among them."""
+    alike = np.exp(gap.mismatches * np.log(hyper.rho))
+    near = np.exp(-0.5 * gap.size / hyper.size_scale**2 - 0.5 * gap.load / hyper.load_scale**2)
+    own = gap.same_deployment * np.exp(-0.125 * gap.load / hyper.load_scale**2)
+    return (
+        hyper.bias**2,
+        hyper.level**2 * alike,
+        hyper.trend**2 * alike * near,
+        hyper.deployment**2 * own,
+    )
+
+
+def _prior_variance(hyper: Hyperparameters) -> float:
+    return hyper.bias**2 + hyper.level**2 + hyper.trend**2 + hyper.deployment**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surrogate:
+    """A fitted process; `correct` may be asked any number of times.
+
+    `width` multiplies every standard deviation (see `interval_width`).
+    """
+
+    hyper: Hyperparameters
+    features: Features
+    log_ratio: FloatArray
+    noise_variance: FloatArray
+    width: float
+    _factor: FloatArray
+    _weights: FloatArray
+
+    def correct(self, features: Features) -> Correction:
+        """Correction of `features`, without the noise of a new measurement."""
+        prior = np.full(len(features), _prior_variance(self.hyper))
+        if len(self.features) == 0:
+            return Correction(mean=np.zeros(len(features)), stddev=self.width * np.sqrt(prior))
+        cross = self.covariance(features, self.features)
+        solved = solve_triangular(self._factor, cross.T, lower=True, check_finite=False)
+        variance = np.maximum(prior - (solved**2).sum(0), 1e-12)
+        return Correction(mean=cross @ self._weights, stddev=self.width * np.sqrt(variance))
+
+    def covariance(self, first: Features, second: Features) -> FloatArray:
+        """Prior covariance (a, b) between two sets of candidates."""
+        total: FloatArray = sum(_parts(_distances(first, second), self.hyper), np.zeros(()))
+        return total
+
+    def posterior_covariance(self, first: Features, second: Features) -> FloatArray:
+        """Covariance (a, b) of two sets of candidates given the observations, widened like `correct`."""
+        prior = self.covariance(first, second)
+        if len(self.features) == 0:
+            return self.width**2 * prior
+        left = solve_triangular(self._factor, self.covariance(first, self.features).T, lower=True, check_finite=False)
+        right = solve_triangular(self._factor, self.covariance(second, self.features).T, lower=True, check_finite=False)
+        return self.width**2 * (prior - left.T @ right)
+
+    @property
+    def noise_stddev(self) -> float:
+        """Standard deviation of a measurement around its candidate's true value, in log units."""
+        return self.hyper.noise
+
+
+def fit(
+    features: Features,
+    log_ratio: ArrayLike,
+    *,
+    prior: HyperPrior | None = None,
+    width: float = 1.0,
+    start: Hyperparameters | None = None,
+) -> Surrogate:
+    """The surrogate of observed log(measured / predicted) (n,), n of 0 upwards.
+
+    `start` is where the search for hyperparameters begins (an earlier fit of the same study, say).
+    """
+    target = floats(log_ratio)
+    require(len(target) == len(features), f"{len(target)} ratios for {len(features)} candidates; give one for each")
+    require(bool(np.isfinite(target).all()), "a ratio is not finite; leave out what was not measured")
+    chosen = prior or HyperPrior()
+    hyper = chosen.centre if len(target) == 0 else _most_probable(features, target, chosen, start or chosen.centre)
+    return _condition(features, target, hyper, width)
+
+
+def condition(features: Features, log_ratio: ArrayLike, hyper: Hyperparameters, *, width: float = 1.0) -> Surrogate:
+    """The surrogate of the observations under given hyperparameters."""
+    return _condition(features, floats(log_ratio), hyper, width)
+
+
+def _condition(features: Features, target: FloatArray, hyper: Hyperparameters, width: float) -> Surrogate:
+    noise = np.full(len(target), hyper.noise**2)
+    kernel = sum(_parts(_distances(features, features), hyper), np.zeros(()))
+    factor, weights = _solve(kernel, noise, target)
+    for _ in range(2 if len(target) >= 3 else 0):
+        noise = hyper.noise**2 * _student_inflation(factor, weights)
+        factor, weights = _solve(kernel, noise, target)
+    return Surrogate(
+        hyper=hyper,
+        features=features,
+        log_ratio=target,
+        noise_variance=noise,
+        width=width,
+        _factor=factor,
+        _weights=weights,
+    )
+
+
+def _solve(kernel: FloatArray, noise: FloatArray, target: FloatArray) -> tuple[FloatArray, FloatArray]:
+    if len(target) == 0:
+        return np.zeros((0, 0)), np.zeros(0)
+    lower, _ = cho_factor(kernel + np.diag(noise + 1e-9), lower=True, check_finite=False)
+    weights = cho_solve((lower, True), target, check_finite=False)
+    return np.tril(lower), weights
+
+
+def _student_inflation(factor: FloatArray, weights: FloatArray) -> FloatArray:
+    """How much larger the noise of each observation is taken: 1 unless its leave-one-out residual is an outlier's."""
+    inverse = cho_solve((factor, True), np.eye(len(weights)), check_finite=False)
+    squared = weights**2 / np.diag(inverse)
+    excess = (STUDENT_DEGREES + squared) / (STUDENT_DEGREES + 1.0)
+    # Below 2 standard deviations an observation is ordinary; Gaussian noise then stands.
+    return np.where(squared > 4.0, excess * squared, 1.0)
+
+
+def _most_probable(
+    features: Features, target: FloatArray, prior: HyperPrior, start: Hyperparameters
+) -> Hyperparameters:
+    chosen = _spread_out(len(target))
+    gap, part = _distances(features.take(chosen), features.take(chosen)), target[chosen]
+    centre = prior.centre.to_vector()
+    found = minimize(
+        _negative_log_posterior,
+        start.to_vector(),
+        args=(gap, part, centre, prior.spread),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 30, "ftol": 1e-5},
+    )
+    return Hyperparameters.from_vector(found.x)
+
+
+def _spread_out(count: int) -> IntArray:
+    """At most FITTED_ON_AT_MOST indices, evenly over `count`."""
+    return np.unique(np.linspace(0, count - 1, min(count, FITTED_ON_AT_MOST)).astype(np.int64))
+
+
+def _negative_log_posterior(
+    vector: FloatArray, gap: _Distances, target: FloatArray, centre: FloatArray, spread: float
+) -> tuple[float, FloatArray]:
+    """Negative log marginal likelihood plus the prior's penalty, and its gradient."""
+    value, gradient = negative_log_likelihood(Hyperparameters.from_vector(vector), gap, target)
+    offset = (vector - centre) / spread
+    return value + 0.5 * float(offset @ offset), gradient + offset / spread
+
+
+def negative_log_likelihood(
+    hyper: Hyperparameters, gap: _Distances, target: FloatArray
+) -> tuple[float, FloatArray]:
+    """Negative log marginal likelihood of `target` and its gradient in the coordinates of `Hyperparameters`."""
+    bias, level, trend, own = _parts(gap, hyper)
+    count = len(target)
+    lower, _ = cho_factor(bias + level + trend + own + (hyper.noise**2 + 1e-9) * np.eye(count), lower=True)
+    inverse = cho_solve((lower, True), np.eye(count), check_finite=False)
+    weights = inverse @ target
+    value = 0.5 * float(target @ weights) + float(np.log(np.diag(lower)).sum()) + 0.5 * count * np.log(2 * np.pi)
+    outer = np.outer(weights, weights) - inverse
+    in_trend, in_own = outer * trend, outer * own
+    gradient = -0.5 * np.array(
+        [
+            2 * bias * outer.sum(),
+            2 * (outer * level).sum(),
+            2 * in_trend.sum(),
+            2 * in_own.sum(),
+            2 * hyper.noise**2 * np.trace(outer),
+            (1 - hyper.rho) * ((outer * level + in_trend) * gap.mismatches).sum(),
+            (in_trend * gap.size).sum() / hyper.size_scale**2,
+            (in_trend * gap.load).sum() / hyper.load_scale**2 + 0.25 * (in_own * gap.load).sum() / hyper.load_scale**2,
+        ]
+    )
+    return value, gradient
+
+
+def interval_width(residuals: ArrayLike) -> float:
+    """Factor on standard deviations that the standardised one-step-ahead residuals (n,) call for.
+
+    The root of a posterior mean of their square: `WIDTH_PRIOR_OBSERVATIONS` of size 1 and the observed ones, each cut at
+    3 so that an outlier does not widen every interval.
+    """
+    squared = np.minimum(floats(residuals) ** 2, 9.0)
+    return float(np.sqrt((WIDTH_PRIOR_OBSERVATIONS + squared.sum()) / (WIDTH_PRIOR_OBSERVATIONS + len(squared))))
+
+
+def with_width(surrogate: Surrogate, width: float) -> Surrogate:
+    """`surrogate` with another factor on its standard deviations."""
+    return replace(surrogate, width=width)

@@ -10,6 +10,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -17,11 +19,11 @@ from typing import NoReturn, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from cluster.processes import TAG_OWNER, ProcessId
+
 API_KEY_VARIABLE = "TUNER_API_KEY"
 """Names the environment variable whose value clients must send as a bearer token, to replicas and router alike."""
-PARENT_VARIABLE = "TUNER_PARENT_PID"
-"""Names the environment variable in which a starting process may leave its id (see `die_with_parent`)."""
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+PR_SET_PDEATHSIG, PR_GET_PDEATHSIG = 1, 2  # <linux/prctl.h>
 _POLL_S = 0.5
 
 Spec = TypeVar("Spec", bound=BaseModel)
@@ -65,58 +67,56 @@ def _fault_line(fault: ErrorDetails) -> str:
     return f"{name}={fault['input']!r}: {fault['msg']}" if name else str(fault["msg"])
 
 
-def die_while_loading() -> None:
-    """Let the kernel kill this process when the *thread* that started it ends (Linux), until `die_with_parent`.
+@contextmanager
+def bound_to_starting_thread() -> Iterator[None]:
+    """Within the block, the kernel kills this process when the *thread* that started it ends (Linux).
 
     This works while native code holds the interpreter lock, as engines do while they load. It is meant for that time
     only: the signal follows the starting thread, and a thread may well end before its process does.
     """
-    _set_parent_death_signal(int(signal.SIGKILL))
-    _check_parent(_parent())
-
-
-def die_with_parent() -> None:
-    """Exit at once when the parent *process* ends; a daemon thread waits for that.
-
-    The parent is named by a pidfd (Linux 5.3), which is told at once and cannot be mistaken for a later process; where
-    there is none, the parent's id is polled twice a second. A parent that ended before this call is only noticed where
-    it left its process id in the environment variable TUNER_PARENT_PID.
-    """
-    parent = _parent()
-    threading.Thread(target=_wait_and_exit, args=(parent,), name="parent-watch", daemon=True).start()
-    _set_parent_death_signal(0)
-
-
-def _parent() -> int:
-    return int(os.environ.get(PARENT_VARIABLE, os.getppid()))
-
-
-def _set_parent_death_signal(number: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
-
-
-def _check_parent(parent: int) -> None:
-    if os.getppid() != parent:
-        print(f"the parent process {parent} is gone: ending", file=sys.stderr, flush=True)
-        os._exit(Exit.ORPHANED)
-
-
-def _wait_and_exit(parent: int) -> None:
-    _wait_for_end(parent)
-    _check_parent(parent)
-
-
-def _wait_for_end(parent: int) -> None:
+    before = _exchange_parent_death_signal(int(signal.SIGKILL))
     try:
-        descriptor = os.pidfd_open(parent)
-    except (AttributeError, OSError):  # no such call here, or the parent has gone already
-        while os.getppid() == parent:
+        yield
+    finally:
+        _exchange_parent_death_signal(before)
+
+
+def die_with_owner() -> None:
+    """Exit at once when the owner of this process ends, or now where it is gone; a daemon thread waits for that.
+
+    The owner is the process that the tags in the environment name (see `cluster.processes.Tags`), else the parent. It
+    is waited for by a pidfd (Linux 5.3), which is told at once; where there is none it is looked for twice a second.
+    """
+    owner = ProcessId.parse(os.environ.get(TAG_OWNER, ""))
+    if owner is None or not owner.is_here:
+        owner = ProcessId.of(os.getppid())
+    threading.Thread(target=_exit_after, args=(owner,), name="owner-watch", daemon=True).start()
+
+
+def _exchange_parent_death_signal(number: int) -> int:
+    """Set the signal that the end of the starting thread sends (0 for none) and return the one set before."""
+    before = ctypes.c_int(0)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(PR_GET_PDEATHSIG, ctypes.byref(before), 0, 0, 0)
+        libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+    return before.value
+
+
+def _exit_after(owner: ProcessId) -> None:
+    _wait_for_end(owner)
+    print(f"the owner, process {owner.pid}, is gone: ending", file=sys.stderr, flush=True)
+    os._exit(Exit.ORPHANED)
+
+
+def _wait_for_end(owner: ProcessId) -> None:
+    try:
+        descriptor = os.pidfd_open(owner.pid)
+    except (AttributeError, OSError):  # no such call here, or the owner has gone already
+        while owner.is_alive:
             time.sleep(_POLL_S)
         return
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    while os.getppid() == parent and not poll.poll(None):
+    while owner.is_alive and not poll.poll(None):
         continue
-    while os.getppid() == parent:  # it has ended, but its children have not been given another parent yet
-        time.sleep(0.001)

@@ -27,8 +27,8 @@ from pydantic import BaseModel, Field, model_validator
 from cluster.engines.child_process import (
     API_KEY_VARIABLE,
     Exit,
-    die_while_loading,
-    die_with_parent,
+    bound_to_starting_thread,
+    die_with_owner,
     fail,
     read_spec,
 )
@@ -97,14 +97,14 @@ class ServerSpec(BaseModel, frozen=True, extra="forbid"):
 def main() -> None:
     """Serve until a signal ends the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the caller ends replicas
-    die_while_loading()
-    spec = read_spec(ServerSpec, "Serves one replica of llama.cpp.")
-    if spec.cores:
-        _pin(spec.cores)
-    _check_files_and_port(spec)
-    _check_memory(spec)
-    server = _start(spec)
-    die_with_parent()
+    with bound_to_starting_thread():
+        spec = read_spec(ServerSpec, "Serves one replica of llama.cpp.")
+        if spec.cores:
+            _pin(spec.cores)  # before any thread is started: threads inherit it
+        die_with_owner()
+        _check_files_and_port(spec)
+        _check_memory(spec)
+        server = _start(spec)
     print(f"serving {spec.model_name} on http://{spec.host}:{spec.port}", flush=True)
     threading.Event().wait()
     del server

@@ -8,7 +8,7 @@ import signal
 
 from aiohttp import web
 
-from cluster.engines.child_process import Exit, die_with_parent, fail, read_spec
+from cluster.engines.child_process import Exit, die_with_owner, fail, read_spec
 from cluster.router.app import make_app
 from cluster.router.options import RouterOptions
 
@@ -21,7 +21,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the caller ends the router
     logging.basicConfig(level=logging.WARNING)
     options = read_spec(RouterOptions, "Routes requests to the replicas of a deployment.")
-    die_with_parent()
+    die_with_owner()
     asyncio.run(_serve(options))
 
 

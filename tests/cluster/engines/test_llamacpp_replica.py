@@ -134,9 +134,10 @@ def test_a_replica_keeps_to_its_cores(spec: ReplicaSpec, tmp_path: Path) -> None
 
 PARENT = """
 import os, subprocess, sys, threading, time
+from cluster.processes import TAG_OWNER, ProcessId
 started = []
 def start():
-    started.append(subprocess.Popen(sys.argv[1:], env=os.environ | {"TUNER_PARENT_PID": str(os.getpid())}))
+    started.append(subprocess.Popen(sys.argv[1:], env=os.environ | {TAG_OWNER: str(ProcessId.of(os.getpid()))}))
 thread = threading.Thread(target=start)
 thread.start()
 thread.join(30)

@@ -25,7 +25,8 @@ from cluster.load.measure import LoadMeasurement
 from cluster.node_facts import NodeFacts
 from cluster.placement import Bundle, BundleKind, Placement
 from cluster.processes import ProcessId, Tags
-from cluster.ray_actors import Job, LoadActor, LoadReply, ProcessActor, ReplicaJob, RouterJob, Seat, Serving
+from cluster.ray_actors import Job, ProcessActor, ReplicaJob, RouterJob, Seat, Serving
+from cluster.ray_load import LoadActor, LoadReply
 from cluster.ray_session import RayCluster
 from cluster.records import environment, keep_logs, price_per_hour
 from cluster.runner import TrialRequest

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.engines.llamacpp import LlamaCppBackend
+from cluster.janitor import tagged_processes
+from cluster.ray_runner import RayTrialRunner
+from cluster.ray_session import RayCluster
+from cluster.runner import Running, TrialHandle, TrialRunner
+from search_spaces.errors import InvalidValueError, TunerError
+from search_spaces.measuring import MeasurementRule, TimeLimits
+from search_spaces.outcome import Failure, FailureReason, Measurement, Outcome
+from search_spaces.serving import ServingConfig
+from tests.support.processes import is_alive
+from tests.support.ray_faulty import FaultyBackend
+from tests.support.ray_problem import LIMITS, aggregated, disaggregated, request
+
+pytestmark = [pytest.mark.ray, pytest.mark.engine]
+
+STUDY = "runner-tests"
+ENDLESS = MeasurementRule(requests=100_000, lateness_limit_ms=5000.0)
+WAIT_S = 90.0
+
+MakeRunner = Callable[..., RayTrialRunner]
+
+
+@pytest.fixture
+def make_runner(ray_cluster: RayCluster, tmp_path: Path) -> Iterator[MakeRunner]:
+    """Makes runners that are closed with the test; afterwards nothing of the study runs."""
+    made: list[RayTrialRunner] = []
+
+    def make(fault: str = "exits") -> RayTrialRunner:
+        backends = {"llamacpp": LlamaCppBackend(), "faulty": FaultyBackend(fault)}
+        made.append(
+            RayTrialRunner(study=STUDY, backends=backends, cluster=ray_cluster, work_dir=tmp_path / "deployments")
+        )
+        return made[-1]
+
+    yield make
+    for runner in made:
+        runner.close()
+    assert tagged_processes(STUDY) == []
+
+
+def finish(runner: TrialRunner, handle: TrialHandle) -> Outcome:
+    deadline = time.monotonic() + WAIT_S
+    while isinstance(state := runner.poll(handle), Running):
+        assert time.monotonic() < deadline, f"{handle} is still in {state}"
+        time.sleep(0.02)
+    return state
+
+
+def reach(runner: TrialRunner, handle: TrialHandle, phase: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while (state := runner.poll(handle)) != phase:
+        assert isinstance(state, Running), state
+        if state.phase == phase:
+            return
+        assert time.monotonic() < deadline, f"{handle} never came to {phase}"
+        time.sleep(0.02)
+
+
+def measured(outcome: Outcome) -> Measurement:
+    assert isinstance(outcome, Measurement), outcome
+    return outcome
+
+
+def failed(outcome: Outcome) -> Failure:
+    assert isinstance(outcome, Failure), outcome
+    return outcome
+
+
+def pids(runner: RayTrialRunner) -> list[int]:
+    return [pid for processes in runner.processes().values() for pid in processes.values()]
+
+
+def test_a_deployment_is_measured_at_two_loads_with_one_start(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner()
+    config = aggregated()
+    first = measured(finish(runner, runner.start(request("a0", config, tmp_path, concurrency=1))))
+    assert runner.warm() == (config,)
+    (pid,) = pids(runner)
+    second = measured(finish(runner, runner.start(request("a1", config, tmp_path, concurrency=4, seed=1))))
+    assert pids(runner) == [pid]
+    assert first.timings_s.keys() == {"placement", "start", "warm_up", "measure"}
+    assert second.timings_s.keys() == {"warm_up", "measure"}
+    assert first.metrics.requests == second.metrics.requests == 16
+    assert second.metrics.output_tokens_per_s > first.metrics.output_tokens_per_s > 0
+    assert first.metrics.price_per_hour == 0.25
+    assert pq.read_table(first.artifacts["request_timings"]).num_rows >= 16
+    assert "serving tiny" in Path(first.artifacts["log_mixed-0"]).read_text()
+    runner.release()
+    assert runner.warm() == ()
+    assert not is_alive(pid)
+
+
+def test_what_a_measurement_ran_on_is_recorded(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner()
+    handle = runner.start(request("e0", aggregated(), tmp_path))
+    reach(runner, handle, "measure")
+    (pid,) = pids(runner)
+    used = sorted(psutil.Process(pid).cpu_affinity())
+    environ = psutil.Process(pid).environ()
+    environment = measured(finish(runner, handle)).environment
+    assert environment["cores.mixed-0"] == ",".join(map(str, used))
+    assert environment["engine_version"] == LlamaCppBackend().version()
+    assert environment["cores.client"] != environment["cores.mixed-0"]
+    assert environment["cores"] == "own"
+    assert {"python", "ray", "nodes", "cpu_model", "oversubscribed"} <= environment.keys()
+    assert (environ["TUNER_STUDY"], environ["TUNER_TRIAL"]) == (STUDY, "e0")
+
+
+def test_prefill_and_decode_replicas_behind_the_router(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner()
+    outcome = measured(finish(runner, runner.start(request("d0", disaggregated(), tmp_path))))
+    assert len(pids(runner)) == 3
+    assert {"log_prefill-0", "log_decode-0", "log_router"} <= outcome.artifacts.keys()
+    stats = json.loads(Path(outcome.artifacts["router_stats"]).read_text())
+    assert stats["summary"]["hand_over_ms"]["count"] >= 16
+    assert stats["summary"]["decode_prompt_n"]["max"] <= 1
+
+
+def test_a_warm_deployment_makes_way_for_another_configuration(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner()
+    measured(finish(runner, runner.start(request("w0", aggregated(), tmp_path))))
+    (pid,) = pids(runner)
+    measured(finish(runner, runner.start(request("w1", aggregated(replicas=2), tmp_path))))
+    assert runner.warm() == (aggregated(replicas=2),)
+    assert not is_alive(pid)
+
+
+def test_two_trials_run_at_once_on_cores_of_their_own(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner()
+    small, other = aggregated(), aggregated(max_num_seqs=2)
+    handles = [
+        runner.start(request(f"c{i}", c, tmp_path, rule=ENDLESS, limits=replace(LIMITS, measure_s=600)))
+        for i, c in enumerate((small, other))
+    ]
+    for handle in handles:
+        reach(runner, handle, "measure")
+    used = [tuple(psutil.Process(pid).cpu_affinity()) for pid in pids(runner)]
+    assert len(used) == 2
+    assert used[0] != used[1] or (os.cpu_count() or 1) < 3
+    for handle in handles:
+        runner.stop(handle)
+        assert failed(runner.poll(handle)).detail.endswith("was stopped before it was measured")
+    assert pids(runner) == []
+
+
+def test_trials_of_one_configuration_take_turns_on_its_deployment(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner()
+    handles = [runner.start(request(f"q{i}", aggregated(), tmp_path, seed=i)) for i in range(3)]
+    outcomes = [measured(finish(runner, handle)) for handle in handles]
+    assert ["start" in outcome.timings_s for outcome in outcomes] == [True, False, False]
+
+
+def test_an_engine_that_exits_at_boot(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner("exits")
+    failure = failed(finish(runner, runner.start(request("f0", aggregated(engine="faulty"), tmp_path))))
+    assert failure.reason is FailureReason.INVALID_FLAGS
+    assert failure.detail == "mixed-0 exited with code 64 before it served"
+    assert failure.log_tail == "the flag --frobnicate is unknown"
+    assert "frobnicate" in Path(failure.artifacts["log_mixed-0"]).read_text()
+    assert failure.timings_s.keys() == {"placement", "start", "stop"}
+    assert failure.environment["engine_version"] == "faulty 1"
+
+
+def test_an_engine_that_is_never_ready(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner("hangs")
+    limits = replace(LIMITS, start_s=4.0)
+    failure = failed(finish(runner, runner.start(request("f1", aggregated(engine="faulty"), tmp_path, limits=limits))))
+    assert failure.reason is FailureReason.STARTUP_TIMEOUT
+    assert failure.log_tail == "loading for ever"
+    assert tagged_processes(STUDY) == []
+
+
+def test_a_bug_in_an_actor_is_a_failure_with_its_cause(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner("bug")
+    failure = failed(finish(runner, runner.start(request("f2", aggregated(engine="faulty"), tmp_path))))
+    assert failure.reason is FailureReason.UNHEALTHY_NODE
+    assert "ZeroDivisionError: a bug of the backend" in failure.detail
+
+
+def test_a_model_that_cannot_be_loaded(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner()
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF and then nothing of use")
+    asked = request("f3", aggregated(), tmp_path)
+    problem = replace(asked.problem, model=replace(asked.problem.model, source=str(bad)))
+    failure = failed(finish(runner, runner.start(replace(asked, problem=problem))))
+    assert failure.reason is FailureReason.INVALID_FLAGS
+    assert "bad.gguf" in failure.log_tail + failure.detail
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(signal.SIGSEGV, FailureReason.ENGINE_CRASH), (signal.SIGKILL, FailureReason.OUT_OF_MEMORY_UNDER_LOAD)],
+)
+def test_an_engine_that_dies_under_load(
+    number: signal.Signals, reason: FailureReason, make_runner: MakeRunner, tmp_path: Path
+) -> None:
+    runner = make_runner()
+    handle = runner.start(request("f4", aggregated(), tmp_path, rule=ENDLESS))
+    reach(runner, handle, "measure")
+    (pid,) = pids(runner)
+    os.kill(pid, number)
+    failure = failed(finish(runner, handle))
+    assert failure.reason is reason
+    assert f"mixed-0 was ended by signal {number.value} under load" in failure.detail
+    assert "serving tiny" in failure.log_tail
+    again = measured(finish(runner, runner.start(request("f5", aggregated(), tmp_path))))
+    assert "start" in again.timings_s
+
+
+def test_an_idle_engine_that_dies_is_no_longer_warm(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner()
+    measured(finish(runner, runner.start(request("i0", aggregated(), tmp_path))))
+    (pid,) = pids(runner)
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 20.0
+    while runner.warm():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_load_that_takes_too_long(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner()
+    limits = replace(LIMITS, measure_s=1.0)
+    handle = runner.start(request("f6", aggregated(), tmp_path, rule=ENDLESS, limits=limits))
+    failure = failed(finish(runner, handle))
+    assert failure.reason is FailureReason.MEASUREMENT_TIMEOUT
+    assert "after 1 s under concurrency=2" in failure.detail
+    assert pq.read_table(failure.artifacts["request_timings"]).num_rows > 0
+
+
+def test_a_late_client_is_no_fault_of_the_deployment(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner()
+    rule = MeasurementRule(requests=16, lateness_limit_ms=0.001)
+    failure = failed(finish(runner, runner.start(request("f7", aggregated(), tmp_path, rule=rule))))
+    assert failure.reason is FailureReason.LATE_CLIENT
+    assert runner.warm() == (aggregated(),)
+
+
+def test_devices_that_stay_busy(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner()
+    holder = runner.start(request("b0", aggregated(replicas=2), tmp_path, rule=ENDLESS))
+    reach(runner, holder, "measure")
+    limits = TimeLimits(placement_s=1.0, start_s=60, measure_s=60, stop_s=10)
+    failure = failed(finish(runner, runner.start(request("b1", aggregated(), tmp_path, limits=limits))))
+    assert failure.reason is FailureReason.PLACEMENT
+    assert "placement_s=1 s" in failure.detail
+    assert isinstance(runner.poll(holder), Running)
+
+
+def test_a_configuration_that_no_node_holds(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner()
+    failure = failed(runner.poll(runner.start(request("n0", aggregated(replicas=9), tmp_path))))
+    assert failure.reason is FailureReason.PLACEMENT
+    assert "9 replicas of 1 devices" in failure.detail
+
+
+def test_trials_have_names_of_their_own_and_known_engines(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner()
+    runner.start(request("n1", aggregated(replicas=9), tmp_path))
+    with pytest.raises(InvalidValueError, match="'n1' was started before"):
+        runner.start(request("n1", aggregated(replicas=9), tmp_path))
+    with pytest.raises(InvalidValueError, match="engine 'warp' is unknown; choose llamacpp, faulty"):
+        runner.start(request("n2", ServingConfig(engine="warp", pools=aggregated().pools), tmp_path))
+    with pytest.raises(InvalidValueError, match="'n9' is unknown"):
+        runner.poll(TrialHandle(trial="n9", config_key="k"))
+    runner.close()
+    with pytest.raises(TunerError, match="closed"):
+        runner.start(request("n3", aggregated(), tmp_path))

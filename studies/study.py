@@ -12,7 +12,8 @@
 One process writes (a second live one on the same host is refused); workers never open the storage. Every step leaves
 the storage so that `reconcile` can finish or repeat it exactly once after a `kill -9`:
 
-- asked, nothing told: the trial is failed as lost and the same candidate waits again, with `retry_of`;
+- asked, nothing told: the trial is failed as lost and the same candidate waits again, with `retry_of`; one whose
+  proposal had not been written yet is failed alone, since nobody has seen it;
 - outcome written, state not yet: the trial is finished from the stored outcome, and not measured again;
 - failed as lost, not yet waiting again: it is put back.
 """
@@ -21,7 +22,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 import os
 import socket
 import warnings
@@ -77,6 +77,7 @@ from studies.samplers import ScreenedBreeding, make_sampler, population_size
 from studies.screen import Choice, Predict, Request, Screen
 from studies.stopping import Progress, progress_of
 from studies.storage import Storage
+from studies.verdict import checked_outcome, pessimistic_values
 
 MAX_ATTEMPTS = 3
 MAX_LOSSES = 10
@@ -86,9 +87,9 @@ MAX_LOSSES = 10
 class StudySetup:
     """What a study is about.
 
-    `study_file` is the text of the resolved study file, stored with the study. `directory` receives `artifacts/` and
-    `predictions/`. `budget_trials` and `in_flight` (trials at once) set the population. Without `predict` the search is
-    plain NSGA-II.
+    `study_file` is the text of the resolved study file, stored with the study. `directory` receives `artifacts/` of
+    all its studies and `predictions/<name>/`. `budget_trials` and `in_flight` (trials at once) set the population.
+    Without `predict` the search is plain NSGA-II. `seeds` are measured right after the defaults.
     """
 
     name: str
@@ -104,6 +105,7 @@ class StudySetup:
 
     def __post_init__(self) -> None:
         require(bool(self.name.strip()), "the study has no name; give one")
+        require(not set(self.name) & set("/\\\0"), f"study name {self.name!r} names a folder too; leave out / and \\")
         require(self.budget_trials >= 1, f"budget_trials={self.budget_trials} must be at least 1")
         require(self.in_flight >= 1, f"in_flight={self.in_flight} must be at least 1")
 
@@ -144,7 +146,7 @@ class Study:
         self._study_id = storage.backend.get_study_id_from_name(setup.name)
         self.history = StudyHistory(storage, setup.name)
         _check_study_file(self.history.study_file, setup)
-        self._log = PredictionLog(setup.directory / "predictions")
+        self._log = PredictionLog(setup.directory / "predictions" / setup.name)
         self._screen = Screen(setup.problem, setup.space, setup.seed, setup.predict, self._log)
         self._breeding = ScreenedBreeding(setup.space, self._screen, self.history.population)
         self._sampler = make_sampler(setup.seed, self.history.population, self._breeding)
@@ -290,7 +292,8 @@ class Study:
 
         A failure of the infrastructure makes the trial lost and queues its candidate again, up to `MAX_ATTEMPTS` tries.
         """
-        checked = self._checked(outcome)
+        checked = checked_outcome(outcome, self.setup.problem)
+        self._require_running(proposal)
         trial_id = self._trial_id(proposal.trial_number)
         ids = self._upload(trial_id, checked)
         self._backend.set_trial_user_attr(trial_id, OUTCOME, encode_outcome(checked, ids))
@@ -299,28 +302,17 @@ class Study:
 
     def release(self, proposal: Proposal) -> TrialRecord:
         """Give `proposal` back unmeasured: its trial is lost, and its candidate waits without a try being counted."""
+        self._require_running(proposal)
         failure = Failure(reason=FailureReason.LOST_COORDINATOR, detail="the study was stopped before the measurement")
         self._lose(proposal.trial_number, failure)
         self._requeue(self._record(proposal.trial_number), counted=False)
         return self._record(proposal.trial_number)
 
-    def _checked(self, outcome: Outcome) -> Outcome:
-        """`outcome`, or the failure it amounts to where an objective or an SLO metric is missing or not finite."""
-        if isinstance(outcome, Failure):
-            return outcome
-        metrics = outcome.metrics.flat()
-        problem = self.setup.problem
-        needed = {objective.metric for objective in problem.objectives} | {slo.metric for slo in problem.slos}
-        bad = {name: metrics.get(name) for name in sorted(needed) if not math.isfinite(metrics.get(name, math.nan))}
-        if not bad:
-            return outcome
-        shown = ", ".join(f"{name}={'absent' if value is None else value}" for name, value in bad.items())
-        return Failure(
-            reason=FailureReason.REQUESTS_FAILED,
-            detail=f"the measurement gives no finite value of {shown}",
-            artifacts=outcome.artifacts,
-            timings_s=outcome.timings_s,
-            environment=outcome.environment,
+    def _require_running(self, proposal: Proposal) -> None:
+        status = self._record(proposal.trial_number).status
+        require(
+            status is TrialStatus.RUNNING,
+            f"trial {proposal.trial_number} is {status}, not running: it was told or released before; ask for another",
         )
 
     def _upload(self, trial_id: int, outcome: Outcome) -> dict[str, str]:
@@ -348,8 +340,10 @@ class Study:
             self._lose(number, outcome)
             self._requeue(self._record(number), counted=True)
         else:
-            violations = failed_violations([trial.violations for trial in self.trials() if trial.is_finished])
-            self._complete(number, TrialStatus.FAILED, self._pessimistic_values(number), violations)
+            trials = self.trials()
+            values = pessimistic_values(trials, trials[number].prediction, self.setup.problem)
+            violations = failed_violations([trial.violations for trial in trials if trial.is_finished])
+            self._complete(number, TrialStatus.FAILED, values, violations)
 
     def _complete(
         self, number: int, status: TrialStatus, values: Sequence[float], violations: dict[str, float]
@@ -366,21 +360,6 @@ class Study:
             self._backend.set_trial_user_attr(trial_id, OUTCOME, encode_outcome(failure, {}))
         self._set(number, STATUS, TrialStatus.LOST.value)
         self._study.tell(number, state=OptunaState.FAIL)
-
-    def _pessimistic_values(self, number: int) -> list[float]:
-        """Objective values of a configuration that gave none: the worst measured, else predicted, else 0.
-
-        Optuna needs finite numbers. Domination never reads them, since the constraint `started_and_held` is violated;
-        fronts and hypervolumes leave the trial out. The worst measured value keeps scatter plots readable, and keeps
-        the trial off the lists of best trials of programs that do not know constraints.
-        """
-        measured = [trial.values for trial in self.trials() if trial.values is not None]
-        if measured:
-            worst = pareto.worst_values(measured, self.directions)
-            return [float(value) for value in worst]
-        prediction = self._record(number).prediction
-        known = prediction.metrics if prediction else {}
-        return [float(known.get(objective.metric, 0.0)) for objective in self.setup.problem.objectives]
 
     def _requeue(self, lost: TrialRecord, *, counted: bool) -> None:
         """Queue the candidate of a lost trial again unless that has happened or its tries are used up."""

@@ -1,62 +1,159 @@
-"""Ask and tell on real storages."""
+"""The loop of a study: what is asked in which order, what the screen is worth, what is refused."""
 
 from __future__ import annotations
 
+import multiprocessing
+from dataclasses import replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
+import numpy as np
+import optuna
 import pytest
+from optuna.storages import InMemoryStorage
 
-from studies.errors import SpaceExhausted, StudyExistsError, StudyFileChangedError, StudyNotFoundError
-from studies.records import Origin, TrialStatus
-from studies.screen import all_candidates
-from studies.storage import open_storage
+from search_spaces.metrics import Percentiles
+from search_spaces.outcome import Failure, FailureReason
+from search_spaces.serving import Mode
+from studies.errors import StudyBusyError, StudyExistsError, StudyNotFoundError
+from studies.pareto import hypervolume, points_of
+from studies.records import Origin, Proposal, TrialRecord, TrialStatus
+from studies.samplers import population_size
+from studies.screen import Predict
+from studies.storage import Storage, open_storage
 from studies.study import Study, create_study, open_study
 from tests.studies.toy import biased_model, measure, small_space, toy_problem, toy_setup, wide_space
 
-
-def run(study: Study, trials: int) -> None:
-    """Ask, measure on the known surface and tell `trials` times."""
-    for _ in range(trials):
-        proposal = study.ask()
-        study.tell(proposal, measure(proposal.candidate))
+SPACE = wide_space(toy_problem())
 
 
-def test_defaults_of_every_mode_are_measured_first(tmp_path: Path) -> None:
-    space = wide_space(toy_problem())
-    storage = open_storage(f"sqlite:///{tmp_path}/s.db")
-    with create_study(storage, toy_setup(tmp_path, space=space, predict=biased_model())) as study:
-        run(study, 3)
-        first, second, third = study.trials()
-    assert first.candidate == space.default(space.modes[0])
-    assert second.candidate == space.default(space.modes[1])
-    assert [first.origin, second.origin, third.origin] == [Origin.DEFAULT, Origin.DEFAULT, Origin.SEED]
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return open_storage(f"journal://{tmp_path}/s.journal")
 
 
-def test_a_small_space_is_measured_exactly_once_then_exhausted(tmp_path: Path) -> None:
+def tell(study: Study, proposal: Proposal) -> TrialRecord:
+    return study.tell(proposal, measure(proposal.candidate))
+
+
+def test_the_default_of_every_mode_is_measured_first(tmp_path: Path, storage: Storage) -> None:
+    user_seed = SPACE.neighbours(SPACE.default())[-1]
+    setup = toy_setup(tmp_path, space=SPACE, predict=biased_model(), seeds=(user_seed, SPACE.default()))
+    study = create_study(storage, setup)
+    first, second, third, fourth = (tell(study, study.ask()) for _ in range(4))
+    assert first.candidate == SPACE.default(Mode.AGGREGATED)
+    assert second.candidate == SPACE.default(Mode.DISAGGREGATED)
+    assert third.candidate == user_seed
+    assert [trial.origin for trial in (first, second, third)] == [Origin.DEFAULT, Origin.DEFAULT, Origin.SEED]
+    assert fourth.origin is Origin.SEED
+    study.close()
+    assert len(open_study(storage, setup).trials()) == 4, "nothing is queued twice on resume"
+
+
+def test_several_trials_in_flight_are_all_different(tmp_path: Path, storage: Storage) -> None:
+    study = create_study(storage, toy_setup(tmp_path, space=SPACE, predict=biased_model(), in_flight=2))
+    flying = [study.ask() for _ in range(4)]
+    keys = {proposal.candidate.key for proposal in flying}
+    for _ in range(36):
+        tell(study, flying.pop(0))
+        flying.append(study.ask(warm=(flying[0].candidate.config,)))
+        keys.add(flying[-1].candidate.key)
+    assert len(keys) == 40
+    assert {Origin.SCREENED, Origin.UNSCREENED} <= {trial.origin for trial in study.trials()}
+
+
+@pytest.mark.slow
+def test_the_screen_finds_more_hypervolume_than_nsga2_alone(tmp_path: Path) -> None:
+    """With a model that is wrong by 30%, 20 trials each: its worst of 3 seeds beats the best without it."""
+    reference, axes = np.array([0.0, 40.0]), [objective.direction for objective in SPACE.problem.objectives]
+
+    def found(seed: int, predict: Predict | None) -> float:
+        memory = Storage(url="memory", dashboard_url="", backend=InMemoryStorage())
+        setup = toy_setup(tmp_path / f"{seed}", space=SPACE, predict=predict, seed=seed, budget_trials=20)
+        study = create_study(memory, setup)
+        for _ in range(20):
+            tell(study, study.ask())
+        return hypervolume(points_of(study.front()), reference, axes)
+
+    assert min(found(seed, biased_model(1.3)) for seed in range(3)) > max(found(seed, None) for seed in range(3))
+
+
+def test_population_grows_with_budget_and_with_trials_in_flight() -> None:
+    assert [population_size(budget, 1) for budget in (1, 12, 40, 100, 1000)] == [6, 6, 10, 25, 50]
+    assert population_size(40, 8) == 48
+
+
+def test_late_trials_of_a_generation_still_breed(tmp_path: Path, storage: Storage) -> None:
+    """Optuna fixes a generation's parents at its first ask; the best trial, told later, must become a parent too."""
+    study = create_study(storage, toy_setup(tmp_path, space=SPACE))
+    late = study.ask()
+    for _ in range(study.history.population):
+        tell(study, study.ask())
+    tell(study, study.ask())
+    told = tell(study, late)
+    optuna_study = study._study
+    parents = study._sampler.get_parent_population(optuna_study, 1)
+    assert told.number not in {trial.number for trial in parents}
+    pool = study._breeding._with_latest(optuna_study, parents)
+    assert told.number in {trial.number for trial in pool} or told not in study.front()
+    assert {trial.number for trial in study.front()} <= {trial.number for trial in pool}
+
+
+def test_a_measurement_without_a_finite_objective_is_a_failure_that_says_so(tmp_path: Path, storage: Storage) -> None:
+    study = create_study(storage, toy_setup(tmp_path))
+    proposal = study.ask()
+    good = measure(proposal.candidate)
+    nothing = Percentiles(mean=float("nan"), p50=float("nan"), p90=1.0, p95=1.0, p99=1.0)
+    record = study.tell(proposal, replace(good, metrics=replace(good.metrics, ttft_ms=nothing)))
+    assert record.status is TrialStatus.FAILED
+    assert record.failure is not None
+    assert record.failure.reason is FailureReason.REQUESTS_FAILED
+    assert "no finite value of ttft_p50_ms=nan" in record.failure.detail
+
+
+def test_artefacts_that_are_gone_are_noted(tmp_path: Path, storage: Storage) -> None:
+    study = create_study(storage, toy_setup(tmp_path))
+    lost = Failure(reason=FailureReason.ENGINE_CRASH, detail="exit 139", artifacts={"log": str(tmp_path / "gone.log")})
+    assert study.tell(study.ask(), lost).artifact_ids == {"log": "missing"}
+
+
+def test_what_other_programs_queue_is_measured_as_a_seed_but_never_twice(tmp_path: Path, storage: Storage) -> None:
     space = small_space(toy_problem())
-    keys = {candidate.key for candidate in all_candidates(space)}
-    storage = open_storage(f"sqlite:///{tmp_path}/s.db")
-    with create_study(storage, toy_setup(tmp_path, space=space)) as study:
-        run(study, len(keys))
-        with pytest.raises(SpaceExhausted):
-            study.ask()
-        trials = study.trials()
-    assert sorted(trial.key or "" for trial in trials) == sorted(keys)
-    assert {trial.status for trial in trials} == {TrialStatus.MEASURED}
+    study = create_study(storage, toy_setup(tmp_path, space=space))
+    default = tell(study, study.ask())
+    wanted = space.neighbours(space.default())[0]
+    foreign = optuna.load_study(study_name="toy", storage=storage.backend)
+    foreign.enqueue_trial(dict(space.encode(space.default())))
+    foreign.enqueue_trial(dict(space.encode(wanted)))
+    proposal = study.ask()
+    assert (proposal.candidate, proposal.origin) == (wanted, Origin.SEED)
+    assert [trial.key for trial in study.trials()].count(default.key) == 1
 
 
-def test_open_refuses_another_study_file_and_shows_the_difference(tmp_path: Path) -> None:
-    storage = open_storage(f"sqlite:///{tmp_path}/s.db")
-    create_study(storage, toy_setup(tmp_path)).close()
-    with pytest.raises(StudyFileChangedError, match="-budget: 12\n\\+budget: 13"):
-        open_study(storage, toy_setup(tmp_path, study_file="model: toy\nbudget: 13\n"))
-    open_study(storage, toy_setup(tmp_path)).close()
-
-
-def test_names_are_taken_once_and_must_exist(tmp_path: Path) -> None:
-    storage = open_storage(f"sqlite:///{tmp_path}/s.db")
+def test_names_are_taken_once_and_must_exist(tmp_path: Path, storage: Storage) -> None:
     create_study(storage, toy_setup(tmp_path)).close()
     with pytest.raises(StudyExistsError, match="resume it"):
         create_study(storage, toy_setup(tmp_path))
     with pytest.raises(StudyNotFoundError, match="it has: toy"):
         open_study(storage, toy_setup(tmp_path, name="other"))
+
+
+def test_a_second_live_coordinator_is_refused_and_a_dead_one_is_not(tmp_path: Path, storage: Storage) -> None:
+    create_study(storage, toy_setup(tmp_path)).close()
+    context = multiprocessing.get_context("fork")
+    opened, finish = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, opened, finish))
+    process.start()
+    assert opened.wait(30)
+    with pytest.raises(StudyBusyError, match=f"process {process.pid} on this host"):
+        open_study(storage, toy_setup(tmp_path))
+    process.kill()
+    process.join(30)
+    open_study(storage, toy_setup(tmp_path)).close()
+
+
+def _hold(folder: Path, opened: Event, finish: Event) -> None:
+    study = open_study(open_storage(f"journal://{folder}/s.journal"), toy_setup(folder))
+    opened.set()
+    finish.wait(60)
+    study.close()

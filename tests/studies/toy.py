@@ -29,7 +29,7 @@ WIDE: dict[str, tuple[OptionValue, ...]] = {
     "ubatch_size": (64, 512),
     "kv_cache_dtype": ("f16", "q8_0"),
     "flash_attention": (True, False),
-    "threads": (1, 2),
+    "threads": (1, 2, 4),
 }
 
 
@@ -63,7 +63,7 @@ def small_space(problem: Problem) -> Space:
 
 
 def wide_space(problem: Problem) -> Space:
-    """Both modes, thousands of candidates."""
+    """Both modes, thousands of candidates; some ask for more cores than there are."""
     return build_space(problem, engines={"llamacpp": WIDE}, loads=(1.0, 2.0, 4.0, 8.0))
 
 

@@ -1,0 +1,182 @@
+"""What the screen proposes, and what it turns down."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from search_spaces.metrics import METRICS
+from search_spaces.outcome import Prediction
+from search_spaces.problem import Slo
+from search_spaces.rules import infeasibility
+from search_spaces.serving import Candidate, Mode
+from search_spaces.space import Space
+from studies.errors import SpaceExhausted
+from studies.predictions import ROWS_PER_FILE, PredictionLog, Rejected
+from studies.records import Origin, TrialRecord, TrialStatus
+from studies.screen import Predict, Request, Screen, all_candidates
+from tests.studies.toy import biased_model, measure, small_space, surface, toy_problem, wide_space
+
+PROBLEM = toy_problem()
+SPACE = wide_space(PROBLEM)
+
+
+def make_screen(folder: Path, space: Space = SPACE, predict: Predict | None = None) -> Screen:
+    return Screen(space.problem, space, seed=1, predict=predict, log=PredictionLog(folder))
+
+
+def measured(number: int, candidate: Candidate, predict: Predict | None = None) -> TrialRecord:
+    outcome = measure(candidate)
+    return TrialRecord(
+        number=number,
+        status=TrialStatus.MEASURED,
+        candidate=candidate,
+        key=candidate.key,
+        origin=Origin.SEED,
+        prediction=predict([candidate])[0] if predict else None,
+        outcome=outcome,
+        values=surface(candidate),
+    )
+
+
+def request(number: int, trials: Sequence[TrialRecord] = (), **changes: object) -> Request:
+    base = Request(number=number, trials=trials, tried={trial.key or "" for trial in trials})
+    return replace(base, **changes)
+
+
+def sample(count: int, seed: int = 0) -> list[Candidate]:
+    rng = random.Random(seed)
+    return [c for c in (SPACE.sample(rng) for _ in range(10 * count)) if infeasibility(c, PROBLEM) is None][:count]
+
+
+def test_the_best_predicted_child_is_chosen_and_the_rest_is_written_down(tmp_path: Path) -> None:
+    default = measured(0, SPACE.default())
+    ordinary = sample(20)
+    splendid = ordinary[7]
+
+    def predict(candidates: Sequence[Candidate]) -> list[Prediction]:
+        rates = [5000.0 if c == splendid else 1.0 for c in candidates]
+        return [Prediction(metrics={"output_tokens_per_s": rate, "ttft_p50_ms": 9.0}) for rate in rates]
+
+    log = PredictionLog(tmp_path / "predictions")
+    screen = Screen(PROBLEM, SPACE, 1, predict, log)
+    choice = screen.choose(ordinary, request(12, [default]))
+    assert (choice.candidate, choice.origin) == (splendid, Origin.SCREENED)
+    log.flush()
+    table = pd.read_parquet(tmp_path / "predictions")
+    assert len(table) == log.count == len({c.key for c in ordinary}) - 1
+    assert set(table["trial"]) == {12}
+    assert set(table["reason"]) == {"outscored"}
+    assert (table["predicted_output_tokens_per_s"] == 1.0).all()
+    assert table["predicted_tpot_p50_ms"].isna().all()
+    assert [column for column in table if column.startswith("predicted_")] == [f"predicted_{name}" for name in METRICS]
+    assert SPACE.decode(json.loads(table["genotype"][0])).key == table["key"][0]
+    assert PredictionLog(tmp_path / "predictions").count == log.count, "a resumed study counts on"
+
+
+def test_one_proposal_in_ten_takes_the_first_child_whatever_the_model_says(tmp_path: Path) -> None:
+    screen = make_screen(tmp_path, predict=biased_model())
+    default = measured(0, SPACE.default())
+    children = sample(30)
+    origins = [screen.choose(children, request(number, [default])).origin for number in range(10, 30)]
+    assert [i for i, origin in enumerate(origins, start=10) if origin is Origin.UNSCREENED] == [19, 29]
+    choice = screen.choose(children, request(19, [default]))
+    assert choice.candidate == children[0]
+    assert choice.prediction == biased_model()([children[0]])[0], "predicted all the same: that is the point"
+
+
+def test_tried_and_impossible_candidates_are_never_chosen(tmp_path: Path) -> None:
+    pool = sample(10)
+    tried = [measured(i, candidate) for i, candidate in enumerate(pool[:9])]
+    rng = random.Random(3)
+    drawn = [SPACE.sample(rng) for _ in range(100)]
+    impossible = next(candidate for candidate in drawn if infeasibility(candidate, PROBLEM) is not None)
+    for predict in (None, biased_model()):
+        choice = make_screen(tmp_path, predict=predict).choose([impossible, *pool], request(12, tried))
+        assert choice.candidate == pool[9]
+
+
+def test_candidates_that_the_model_rules_out_are_left_for_the_very_last(tmp_path: Path) -> None:
+    space = small_space(PROBLEM)
+    everything = {candidate.key: candidate for candidate in all_candidates(space)}
+
+    def predict(candidates: Sequence[Candidate]) -> list[Prediction]:
+        fits = biased_model()(list(candidates))
+        too_large = Prediction(metrics={}, infeasible="12 GB of weights in 8 GB")
+        return [too_large if c.load.value > 1 else p for c, p in zip(candidates, fits, strict=True)]
+
+    screen = Screen(PROBLEM, space, 1, predict, PredictionLog(tmp_path / "predictions"))
+    trials: list[TrialRecord] = []
+    for number in range(10, 10 + len(everything)):
+        choice = screen.choose(list(everything.values()), request(number, trials))
+        trials.append(measured(number, choice.candidate))
+    screened = [trial.candidate.load.value for trial in trials if trial.number % 10 != 9 and trial.candidate]
+    assert screened[:4] == [1.0] * 4
+    assert len({trial.key for trial in trials}) == len(everything)
+    with pytest.raises(SpaceExhausted):
+        screen.require_untried({trial.key or "" for trial in trials}, 99)
+
+
+def test_a_warm_deployment_at_another_load_wins_where_starting_is_dear(tmp_path: Path) -> None:
+    up = SPACE.default()
+    cold = measure(up)
+    trial = replace(measured(0, up), outcome=replace(cold, timings_s={"start": 60_000.0, "measure": 5.0}))
+    screen = make_screen(tmp_path, predict=biased_model(1.0))
+    children = [child for child in sample(60) if child.config.mode is Mode.AGGREGATED and child.config != up.config]
+    choice = screen.choose(children, request(12, [trial], warm=(up.config,)))
+    assert choice.origin is Origin.WARM
+    assert choice.candidate.config == up.config
+    assert choice.candidate.load != up.load
+    assert screen.choose(children, request(12, [trial])).origin is Origin.SCREENED
+
+
+def test_seeds_take_the_modes_in_turn_and_spread_over_the_predicted_front(tmp_path: Path) -> None:
+    predict = biased_model()
+    screen = make_screen(tmp_path, predict=predict)
+    trials = [measured(i, SPACE.default(mode), predict) for i, mode in enumerate(Mode)]
+    for number in range(2, 9):
+        choice = screen.choose_seed(request(number, trials))
+        assert choice.origin is Origin.SEED
+        trials.append(measured(number, choice.candidate, predict))
+    modes = Counter(trial.candidate.config.mode for trial in trials if trial.candidate)
+    assert abs(modes[Mode.AGGREGATED] - modes[Mode.DISAGGREGATED]) <= 1
+    rates = [surface(trial.candidate)[0] for trial in trials[2:] if trial.candidate]
+    assert max(rates) > 3 * min(rates)
+
+
+def test_seeds_avoid_what_is_predicted_to_miss_its_slo(tmp_path: Path) -> None:
+    problem = replace(PROBLEM, slos=(Slo(metric="ttft_p50_ms", threshold=15.0),))
+    screen = make_screen(tmp_path, space=replace(SPACE, problem=problem), predict=biased_model(1.0))
+    trials: list[TrialRecord] = []
+    for number in range(2, 9):
+        choice = screen.choose_seed(request(number, trials))
+        trials.append(measured(number, choice.candidate, biased_model(1.0)))
+    waits = [surface(trial.candidate)[1] for trial in trials if trial.candidate]
+    assert len(waits) == 7
+    assert max(waits) < 25.0
+
+
+def test_choices_depend_on_seed_and_number_alone(tmp_path: Path) -> None:
+    first, second = (make_screen(tmp_path, predict=biased_model()) for _ in range(2))
+    default = [measured(0, SPACE.default())]
+    _ = first.choose_seed(request(2, default))
+    assert first.choose_seed(request(3, default)) == second.choose_seed(request(3, default))
+    assert first.choose_seed(request(3, default)) != first.choose_seed(request(4, default))
+
+
+def test_the_log_writes_a_file_when_its_buffer_is_full(tmp_path: Path) -> None:
+    log = PredictionLog(tmp_path)
+    row = Rejected(trial=1, key="k", genotype={"a": 1}, metrics={"ttft_p50_ms": 2.0}, score=None, reason="outscored")
+    for _ in range(ROWS_PER_FILE + 1):
+        log.add(row)
+    assert [path.name for path in tmp_path.iterdir()] == ["0000001-0.parquet"]
+    log.flush()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000001-0.parquet", "0000001-1.parquet"]
+    assert len(pd.read_parquet(tmp_path)) == PredictionLog(tmp_path).count == ROWS_PER_FILE + 1

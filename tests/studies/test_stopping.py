@@ -1,0 +1,66 @@
+"""When a study ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from search_spaces.errors import InvalidValueError
+from search_spaces.outcome import Failure, FailureReason
+from studies.records import TrialRecord, TrialStatus
+from studies.stopping import Budget, Progress, StopReason, progress_of, stop_reason
+
+BUDGET = Budget(trials=4, wall_s=60.0, lost_in_a_row=3)
+
+
+def trial(number: int, status: TrialStatus, reason: FailureReason | None = None) -> TrialRecord:
+    return TrialRecord(
+        number=number,
+        status=status,
+        candidate=None,
+        key=None,
+        origin=None,
+        prediction=None,
+        outcome=Failure(reason=reason, detail="x") if reason else None,
+        values=None,
+    )
+
+
+def progress(**counts: int) -> Progress:
+    return Progress(**({"finished": 0, "running": 0, "waiting": 0, "lost": 0, "lost_in_a_row": 0} | counts))
+
+
+@pytest.mark.parametrize(
+    ("state", "elapsed_s", "exhausted", "reason"),
+    [
+        (progress(finished=3), 0.0, False, None),
+        (progress(finished=3, running=1), 0.0, False, StopReason.TRIALS),
+        (progress(finished=4), 0.0, True, StopReason.TRIALS),
+        (progress(finished=1), 60.0, False, StopReason.WALL_TIME),
+        (progress(lost=3, lost_in_a_row=3), 0.0, False, StopReason.INFRASTRUCTURE),
+        (progress(finished=1), 0.0, True, StopReason.SPACE_EXHAUSTED),
+        (progress(finished=1, waiting=1), 0.0, True, None),
+    ],
+)
+def test_reasons(state: Progress, elapsed_s: float, *, exhausted: bool, reason: StopReason | None) -> None:
+    assert stop_reason(BUDGET, state, elapsed_s=elapsed_s, space_exhausted=exhausted) is reason
+
+
+def test_progress_counts_lost_trials_in_a_row_but_not_those_of_a_dead_coordinator() -> None:
+    lost = TrialStatus.LOST
+    trials = [
+        trial(0, lost, FailureReason.LOST_NODE),
+        trial(1, TrialStatus.MEASURED),
+        trial(2, lost, FailureReason.LOST_NODE),
+        trial(3, lost, FailureReason.LOST_COORDINATOR),
+        trial(4, lost, FailureReason.TRANSPORT),
+        trial(5, TrialStatus.RUNNING),
+        trial(6, TrialStatus.WAITING),
+    ]
+    assert progress_of(trials) == Progress(finished=1, running=1, waiting=1, lost=4, lost_in_a_row=2)
+
+
+def test_a_budget_has_limits() -> None:
+    with pytest.raises(InvalidValueError, match="trials=0"):
+        Budget(trials=0)
+    with pytest.raises(InvalidValueError, match="wall_s=0"):
+        Budget(trials=1, wall_s=0)

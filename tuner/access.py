@@ -13,17 +13,21 @@ from tuner.places import Place
 
 
 class Cluster(Protocol):
-    """Nodes that were joined or started; `warnings` are for the user."""
+    """Nodes that were joined or started."""
 
-    warnings: tuple[str, ...]
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know of the nodes."""
+        ...
 
     def measure(self, pool: NodePool) -> Device:
         """What one device of `pool` can do, measured on a node of it."""
         ...
 
-    def runner(self, problem: Problem) -> TrialRunner:
-        """A runner for trials of `problem`; closing it stops everything it started."""
+    def runner(self, study: str) -> TrialRunner:
+        """A runner for trials of `study`; closing it stops everything it started."""
         ...
 
 
 Connect = Callable[[Problem, Place], AbstractContextManager[Cluster]]
+"""Joins or starts the nodes that a problem names, for the time of a `with` block."""

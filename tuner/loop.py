@@ -6,6 +6,7 @@ the budget is used, the space is exhausted or someone asks to stop.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +15,14 @@ from pathlib import Path
 from cluster.runner import Running, TrialHandle, TrialRequest, TrialRunner
 from perf_model.calibration import CalibratedPredictor
 from search_spaces.measuring import MeasurementRule, TimeLimits
-from search_spaces.outcome import Failure, Prediction
+from search_spaces.outcome import Failure, Outcome, Prediction
 from search_spaces.problem import Problem
 from search_spaces.serving import Candidate
 from studies.errors import SpaceExhausted
 from studies.records import Proposal, TrialRecord
 from studies.stopping import Budget, Progress, StopReason, stop_reason
 from studies.study import Study
-from tuner.observer import Observer, Snapshot, Trying
+from tuner.observer import RECENT_TRIALS, Observer, Snapshot, Trying
 
 POLL_S = 0.1
 
@@ -71,6 +72,14 @@ class _View:
     trials: tuple[TrialRecord, ...]
     progress: Progress
     hypervolume: float
+    gain: float | None
+
+
+def recent_gain(volumes: Sequence[float], trials: int = RECENT_TRIALS) -> float | None:
+    """Relative growth of the hypervolume over the last `trials` trials; None where there was nothing before them."""
+    if len(volumes) <= trials or volumes[-1 - trials] <= 0:
+        return None
+    return volumes[-1] / volumes[-1 - trials] - 1.0
 
 
 @dataclass
@@ -109,11 +118,12 @@ class Search:
             self._abandon()
 
     def _look(self) -> None:
-        history = self.study.hypervolume_history()
+        volumes = [point.hypervolume for point in self.study.hypervolume_history()]
         self._view = _View(
             trials=self.study.trials(),
             progress=self.study.progress(),
-            hypervolume=history[-1].hypervolume if history else 0.0,
+            hypervolume=volumes[-1] if volumes else 0.0,
+            gain=recent_gain(volumes),
         )
 
     def _reason_to_stop(self) -> StopReason | None:
@@ -133,11 +143,10 @@ class Search:
         self.observer.begun(proposal)
 
     def _request(self, proposal: Proposal) -> TrialRequest:
-        trial = f"{self.study.setup.name}-{proposal.trial_number}"
-        directory = self.plan.work_dir / trial
+        directory = self._folder(proposal)
         directory.mkdir(parents=True, exist_ok=True)
         return TrialRequest(
-            trial=trial,
+            trial=directory.name,
             candidate=proposal.candidate,
             problem=self.plan.problem,
             rule=self.plan.rule,
@@ -157,13 +166,22 @@ class Search:
             if isinstance(state, Failure) and self.stop_requested():
                 continue  # Ctrl-C reaches the engines too: their end says nothing of the configuration
             self._trying.remove(trial)
-            self.observer.ended(self.study.tell(trial.proposal, state), self.plan.problem)
+            self._tell(trial.proposal, state)
             ended = True
         if ended:
             self._look()
             self.model.learn(self._view.trials)
         elif self._trying:
             self.sleep(POLL_S)
+
+    def _tell(self, proposal: Proposal, outcome: Outcome) -> None:
+        """Record the outcome; its files are artefacts of the study then, and their first copies go."""
+        record = self.study.tell(proposal, outcome)
+        shutil.rmtree(self._folder(proposal), ignore_errors=True)
+        self.observer.ended(record, self.plan.problem)
+
+    def _folder(self, proposal: Proposal) -> Path:
+        return self.plan.work_dir / f"{self.study.setup.name}-{proposal.trial_number}"
 
     def _snapshot(self) -> Snapshot:
         wall_s = self.plan.budget.wall_s
@@ -174,6 +192,7 @@ class Search:
             trials=self._view.trials,
             screened_out=self.study.screened_out,
             hypervolume=self._view.hypervolume,
+            recent_gain=self._view.gain,
             time_left_s=None if wall_s is None else max(0.0, wall_s - (self.clock() - self._started)),
             trying=tuple(
                 Trying(proposal=t.proposal, phase=t.state.phase, elapsed_s=t.state.elapsed_s) for t in self._trying

@@ -8,6 +8,8 @@ from typing import Protocol
 from search_spaces.problem import Problem
 from studies.records import Proposal, TrialRecord
 
+RECENT_TRIALS = 5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trying:
@@ -20,9 +22,11 @@ class Trying:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A study while it runs; `hypervolume` is against a reference that all its trials share.
+    """A study while it runs.
 
-    `time_left_s` is None where the study has no limit of wall time.
+    `hypervolume` is against the worst values measured so far, so it compares only within the snapshot; `recent_gain` is
+    its relative growth over the last `RECENT_TRIALS` trials, None while there are too few. `time_left_s` is None where
+    the study has no limit of wall time.
     """
 
     name: str
@@ -32,6 +36,7 @@ class Snapshot:
     screened_out: int
     hypervolume: float
     time_left_s: float | None
+    recent_gain: float | None = None
     trying: tuple[Trying, ...] = ()
 
 

@@ -17,7 +17,7 @@ from rich.text import Text
 from search_spaces.metrics import METRICS
 from search_spaces.problem import Problem
 from studies.records import Proposal, TrialRecord, TrialStatus
-from tuner.observer import Snapshot
+from tuner.observer import RECENT_TRIALS, Snapshot
 from tuner.report import StudyReport, best, metrics_of
 from tuner.wording import candidate_text, duration, number
 
@@ -61,10 +61,16 @@ def counts_text(snapshot: Snapshot) -> str:
     lost = report.count(TrialStatus.LOST)
     if lost:
         parts.append(f"{lost} lost and repeated")
-    parts += [f"{snapshot.screened_out} screened out by the model", f"hypervolume {number(snapshot.hypervolume)}"]
+    parts += [f"{snapshot.screened_out:,} screened out by the model", _hypervolume_text(snapshot)]
     if snapshot.time_left_s is not None:
         parts.append(f"{duration(snapshot.time_left_s)} left")
     return ", ".join(parts)
+
+
+def _hypervolume_text(snapshot: Snapshot) -> str:
+    if snapshot.recent_gain is None:
+        return f"hypervolume {number(snapshot.hypervolume)}"
+    return f"hypervolume {number(snapshot.hypervolume)} ({snapshot.recent_gain:+.0%} over {RECENT_TRIALS} trials)"
 
 
 @dataclass

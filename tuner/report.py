@@ -20,7 +20,7 @@ from studies.codec import Json, to_json
 from studies.history import StudySummary
 from studies.pareto import front
 from studies.records import TrialRecord, TrialStatus
-from tuner.wording import candidate_json, candidate_text, metric_label, number, pools_text
+from tuner.wording import candidate_json, candidate_text, metric_label, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,38 +99,49 @@ def error_metrics(report: StudyReport) -> tuple[str, ...]:
 
 
 def front_table(report: StudyReport) -> RenderableType:
-    """The front, one configuration a row; says what is missing where there is no front."""
+    """The front: figures as a table, then each configuration; says what is missing where there is no front."""
     if not report.front:
         return _no_front(report)
-    table = Table(title=f"Pareto front of {report.name}: {len(report.front)} of {len(report.measured)} measured trials")
-    table.box, table.title_style, table.title_justify = box.SIMPLE_HEAD, "bold", "left"
+    title = Text(f"Pareto front of {report.name}: {len(report.front)} of {len(report.measured)} measured trials")
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("trial", justify="right")
-    for metric, direction in zip(report.objectives, report.directions, strict=True):
-        arrow = "lower" if direction is Direction.MINIMIZE else "higher"
-        table.add_column(f"{metric}\n({METRICS[metric].unit}, {arrow} is better)", justify="right", style="bold")
+    for metric in report.objectives:
+        table.add_column(_heading(metric), justify="right", style="bold")
     for metric in _other_slos(report):
-        table.add_column(f"{metric}\n({METRICS[metric].unit}, SLO)", justify="right")
-    table.add_column("mode")
-    table.add_column("load")
-    table.add_column("devices", justify="right")
-    table.add_column("replicas and options off the engine's default", overflow="fold")
+        table.add_column(f"{_heading(metric)} SLO", justify="right")
     for trial in report.front:
-        table.add_row(*_front_row(trial, (*report.objectives, *_other_slos(report))))
-    return table
+        table.add_row(str(trial.number), *_figures(trial, (*report.objectives, *_other_slos(report))))
+    return Group(title, table, Text("Configurations (options that are off the engine's default):"), *_configs(report))
+
+
+def _heading(metric: str, width: int = 16) -> str:
+    """Name of `metric`, broken at underscores into lines of about `width`, then its unit and better direction."""
+    lines = [""]
+    for part in metric.split("_"):
+        joined = f"{lines[-1]}_{part}" if lines[-1] else part
+        if len(joined) > width:
+            lines[-1] += "_"
+            lines.append(part)
+        else:
+            lines[-1] = joined
+    info = METRICS[metric]
+    arrow = "\u2193" if info.direction is Direction.MINIMIZE else "\u2191"
+    return "\n".join([*lines, f"{info.unit} {arrow}"])
 
 
 def _other_slos(report: StudyReport) -> tuple[str, ...]:
     return tuple(slo.metric for slo in report.problem.slos if slo.metric not in report.objectives)
 
 
-def _front_row(trial: TrialRecord, metrics: Sequence[str]) -> list[str]:
+def _figures(trial: TrialRecord, metrics: Sequence[str]) -> list[str]:
     values = metrics_of(trial)
-    cells = [number(values[name]) if name in values else "-" for name in metrics]
-    if trial.candidate is None:
-        return [str(trial.number), *cells, "", "", "", ""]
-    config = trial.candidate.config
-    text = pools_text(trial.candidate, separator="\n")
-    return [str(trial.number), *cells, str(config.mode), str(trial.candidate.load), str(config.devices), text]
+    return [number(values[name]) if name in values else "-" for name in metrics]
+
+
+def _configs(report: StudyReport) -> list[Text]:
+    return [
+        Text(f"  {trial.number:>5}  {candidate_text(trial.candidate)}") for trial in report.front if trial.candidate
+    ]
 
 
 def _no_front(report: StudyReport) -> RenderableType:

@@ -186,7 +186,7 @@ def _search(
         work_dir=place.work(file.name),
         seed=file.seed,
     )
-    with stop as stop_requested, closing(cluster.runner(study.setup.problem)) as runner:
+    with stop as stop_requested, closing(cluster.runner(file.name)) as runner:
         return Search(study, runner, model, plan, observer, stop_requested).run()
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cluster.runner import TrialRunner
 from perf_model.calibration import CalibratedPredictor
+from perf_model.microbench import device_from_figures, measure_node
 from perf_model.serving_predictor import ServingPredictor
 from search_spaces.errors import InvalidValueError, TunerError
 from search_spaces.hardware import Device, DeviceKind, NodePool
@@ -19,9 +23,14 @@ from search_spaces.serving import Mode, Role
 from search_spaces.space import RoleChoices, Space, build_space
 from search_spaces.workload import Arrival, Length, Workload
 from studies.stopping import Budget
-from tuner.access import Connect
+from tuner.access import Cluster, Connect
+from tuner.places import Place
 from tuner.study_schema import NodePoolSection, RoleSection, StudyFile
 
+if TYPE_CHECKING:
+    from cluster.ray_session import RayCluster
+
+MICROBENCH_LIMIT_S = 180.0
 MODEL_PRESETS: dict[str, ModelSpec] = {"tiny": TINY_MODEL}
 _ROLE_LISTS = ("replicas", "tp", "pp", "dp", "ep")
 
@@ -137,4 +146,41 @@ def make_predictor(problem: Problem, study: StudyFile) -> CalibratedPredictor:
 
 def connector(address: str | None) -> Connect:
     """How to reach a cluster: a Ray cluster at `address`, or one that is started on this machine."""
-    raise NotImplementedError
+
+    @contextmanager
+    def connect(problem: Problem, place: Place) -> Iterator[Cluster]:
+        if address is None:
+            _require_extra("xllamacpp", "llamacpp", "the engine llamacpp")
+        from cluster.ray_session import connect as reach
+
+        with reach(address, problem.node_pools) as cluster:
+            yield RayAccess(cluster=cluster, place=place)
+
+    return connect
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayAccess:
+    """The nodes of a Ray cluster; see `tuner.access.Cluster`."""
+
+    cluster: RayCluster
+    place: Place
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know of the nodes."""
+        return self.cluster.warnings
+
+    def measure(self, pool: NodePool) -> Device:
+        """One core of a node of `pool`, measured there."""
+        figures = self.cluster.run_on_pool(pool, 1, MICROBENCH_LIMIT_S, measure_node)
+        return device_from_figures(figures, name=f"core of {pool.name}")
+
+    def runner(self, study: str) -> TrialRunner:
+        """A runner whose working files lie beside the study."""
+        from cluster.engines.llamacpp import LlamaCppBackend
+        from cluster.ray_runner import RayTrialRunner
+
+        backends = {backend.name: backend for backend in (LlamaCppBackend(),)}
+        work_dir = self.place.work(study) / "deployments"
+        return RayTrialRunner(study=study, backends=backends, cluster=self.cluster, work_dir=work_dir)

@@ -68,7 +68,7 @@ class NoCluster:
     def measure(self, _pool: object) -> object:
         return UNMEASURED_CORE
 
-    def runner(self, _problem: object) -> MemoryRunner:
+    def runner(self, _study: str) -> MemoryRunner:
         return MemoryRunner(polls=0)
 
 

@@ -48,7 +48,7 @@ class MemoryCluster:
         self.measured_pools.append(pool.name)
         return UNMEASURED_CORE
 
-    def runner(self, _problem: Problem) -> MemoryRunner:
+    def runner(self, _study: str) -> MemoryRunner:
         self.runners.append(self.make_runner())
         return self.runners[-1]
 

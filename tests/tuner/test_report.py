@@ -1,0 +1,167 @@
+"""Reports: what a front says in text, JSON and HTML."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console, RenderableType
+
+from search_spaces.outcome import Failure, FailureReason, Prediction
+from search_spaces.problem import Problem, Slo
+from search_spaces.serving import Candidate, Mode
+from search_spaces.space import Space
+from studies.constraints import measured_violations
+from studies.records import Origin, TrialRecord, TrialStatus
+from tests.studies.toy import measure, toy_problem, wide_space
+from tuner import report
+from tuner.report_html import write_front
+from tuner.wording import candidate_text, duration, number
+
+SLOS = (Slo(metric="ttft_p99_ms", threshold=120),)
+
+
+def trial(index: int, candidate: Candidate, problem: Problem) -> TrialRecord:
+    measurement = measure(candidate)
+    metrics = measurement.metrics.flat()
+    return TrialRecord(
+        number=index,
+        status=TrialStatus.MEASURED,
+        candidate=candidate,
+        key=candidate.key,
+        origin=Origin.SCREENED,
+        prediction=Prediction(metrics={name: value * 1.5 for name, value in metrics.items()}),
+        outcome=measurement,
+        values=tuple(metrics[objective.metric] for objective in problem.objectives),
+        violations=measured_violations(problem.slos, metrics),
+        started_at=datetime(2026, 1, 1),  # noqa: DTZ001 - Optuna's times have no zone
+        ended_at=datetime(2026, 1, 1, 0, index),  # noqa: DTZ001 - likewise
+    )
+
+
+def failed(index: int, candidate: Candidate) -> TrialRecord:
+    failure = Failure(
+        reason=FailureReason.OUT_OF_MEMORY_AT_BOOT,
+        detail="exit code 12",
+        log_tail="one\ntwo\nthree\nfailed to allocate",
+    )
+    return TrialRecord(
+        number=index,
+        status=TrialStatus.FAILED,
+        candidate=candidate,
+        key=candidate.key,
+        origin=Origin.SEED,
+        prediction=None,
+        outcome=failure,
+        values=None,
+    )
+
+
+def some_candidates(space: Space) -> list[Candidate]:
+    defaults = [space.default(mode) for mode in Mode]
+    return [other for candidate in defaults for other in (candidate, *space.neighbours(candidate))]
+
+
+def a_report() -> report.StudyReport:
+    problem = toy_problem(SLOS)
+    candidates = some_candidates(wide_space(problem))
+    trials = [trial(index, candidate, problem) for index, candidate in enumerate(candidates)]
+    return report.StudyReport(
+        name="toy",
+        status="unfinished",
+        problem=problem,
+        trials=(*trials, failed(len(trials), candidates[0])),
+        storage="sqlite:///x.db",
+    )
+
+
+def text_of(renderable: RenderableType, width: int = 250) -> str:
+    console = Console(width=width, force_terminal=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+def test_the_table_holds_exactly_the_front_best_first() -> None:
+    found = a_report()
+    text = text_of(report.front_table(found))
+    numbers = [t.number for t in found.front]
+    assert [int(n) for n in re.findall(r"^ *(\d+) ", text, re.MULTILINE)] == numbers * 2  # figures, then configurations
+    rates = [report.metrics_of(t)["output_tokens_per_s"] for t in found.front]
+    assert rates == sorted(rates, reverse=True)
+    assert "ttft_p99_ms" in text
+    narrow = text_of(report.front_table(found), width=80)
+    assert "output_tokens_per_s" in "".join(narrow.split())
+    assert "\u2026" not in narrow
+
+
+def test_no_member_of_the_front_misses_an_slo() -> None:
+    found = a_report()
+    assert any(not t.feasible for t in found.measured)
+    assert all(report.metrics_of(t)["ttft_p99_ms"] <= 120 for t in found.front)
+
+
+def test_a_study_at_a_glance_shows_the_engines_last_lines() -> None:
+    text = text_of(report.show(a_report()))
+    for part in ("out_of_memory_at_boot", "exit code 12", "| failed to allocate", "ttft_p99_ms at most 120", "50%"):
+        assert part in text
+    assert "| one" not in text
+
+
+def test_the_prediction_error_is_relative_to_what_was_measured() -> None:
+    found = a_report()
+    assert report.median_error(found.measured, "ttft_p50_ms") is not None
+    assert abs((report.median_error(found.measured, "ttft_p50_ms") or 0) - 0.5) < 1e-9
+    assert report.median_error(found.trials[-1:], "ttft_p50_ms") is None
+
+
+def test_json_is_json_and_complete() -> None:
+    found = a_report()
+    tree = json.loads(json.dumps(report.show_json(found), allow_nan=False))
+    assert len(tree["trials"]) == len(found.trials)
+    assert tree["trials"][-1]["failure"]["reason"] == "out_of_memory_at_boot"
+    assert tree["counts"]["measured"] == len(found.measured)
+    assert [t["trial"] for t in json.loads(json.dumps(report.front_json(found)))["front"]] == tree["front"]
+
+
+def test_the_html_needs_no_network_and_escapes(tmp_path: Path) -> None:
+    found = a_report()
+    model = replace(found.problem.model, name="<script>alert(1)</script>")
+    found = replace(found, problem=replace(found.problem, model=model))
+    page = write_front(found, tmp_path / "deep" / "front.html").read_text()
+    assert "<script>alert(1)</script>" not in page
+    assert "prefers-color-scheme: dark" in page
+    assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']?(https?:)?//""", page)
+    assert "Plotly.newPlot" in page
+    for member in found.front:
+        assert f"trial {member.number}\\u003c\\u002fb\\u003e" in page
+    assert page.count('<td class="figure">') == len(found.front) * 4
+
+
+def test_the_html_of_a_study_without_any_measurement(tmp_path: Path) -> None:
+    found = replace(a_report(), trials=())
+    assert "0 trials measured" in write_front(found, tmp_path / "front.html").read_text()
+    assert "no measured trial yet" in text_of(report.front_table(found))
+
+
+def test_a_disaggregated_candidate_in_words() -> None:
+    space = wide_space(toy_problem())
+    assert (
+        candidate_text(space.default(Mode.DISAGGREGATED))
+        == "disaggregated 1P x [defaults] + 1D x [defaults] at concurrency=4"
+    )
+
+
+def test_numbers_and_durations_in_words() -> None:
+    assert [number(v) for v in (0, 0.00012345, 0.01234, 1.2345, 123.45, 12345.6)] == [
+        "0",
+        "1.2e-04",
+        "0.0123",
+        "1.23",
+        "123",
+        "12,346",
+    ]
+    assert [duration(s) for s in (4.4, 200, 7500)] == ["4 s", "3 min 20 s", "2 h 5 min"]

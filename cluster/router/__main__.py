@@ -9,11 +9,8 @@ import signal
 from aiohttp import web
 
 from cluster.engines.child_process import Exit, die_with_owner, fail, read_spec
-from cluster.router.app import make_app
+from cluster.router.app import make_runner
 from cluster.router.options import RouterOptions
-
-STOP_TIMEOUT_S = 0.5
-"""How long requests in flight may go on after SIGTERM."""
 
 
 def main() -> None:
@@ -26,9 +23,7 @@ def main() -> None:
 
 
 async def _serve(options: RouterOptions) -> None:
-    runner = web.AppRunner(
-        make_app(options), handler_cancellation=True, access_log=None, shutdown_timeout=STOP_TIMEOUT_S
-    )
+    runner = make_runner(options)
     await runner.setup()
     try:
         await web.TCPSite(runner, options.host, options.port).start()

@@ -24,6 +24,8 @@ from cluster.router.upstream import BrokenStreamError, UpstreamError, open_sessi
 LARGEST_REQUEST_BYTES = 64 * 2**20
 HEALTH_TIMEOUT_S = 5.0
 SHOWN_RECORDS = 100
+STOP_TIMEOUT_S = 0.5
+"""How long requests in flight may go on once the router is told to stop."""
 CLIENT_CLOSED_REQUEST = 499  # as nginx has it
 _GONE = "the client went away"
 
@@ -111,8 +113,17 @@ class Router:
 ROUTER = web.AppKey("router", Router)
 
 
-def make_app(options: RouterOptions) -> web.Application:
-    """The application; where TUNER_API_KEY is set in the environment, all but /health ask for it as a bearer token."""
+def make_runner(options: RouterOptions) -> web.AppRunner:
+    """What serves the router: a client that goes away ends its request at once, wherever that is.
+
+    Where TUNER_API_KEY is set in the environment, all but /health ask for it as a bearer token.
+    """
+    return web.AppRunner(
+        _make_app(options), handler_cancellation=True, access_log=None, shutdown_timeout=STOP_TIMEOUT_S
+    )
+
+
+def _make_app(options: RouterOptions) -> web.Application:
     app = web.Application(client_max_size=LARGEST_REQUEST_BYTES, middlewares=[_guard(os.environ.get(API_KEY_VARIABLE))])
 
     async def routes(app: web.Application) -> AsyncIterator[None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -13,9 +12,10 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from cluster.router.app import make_app
+from cluster.router.app import make_runner
 from cluster.router.options import RouterOptions
 from tests.support.llamacpp import ask, open_session, request_body
+from tests.support.web import listening, replica_runner, until
 
 CHUNK = b'data: {"choices":[{"text":" w%d"}]}\n\n'
 LAST = (
@@ -53,38 +53,17 @@ class Replica:
 
 
 @asynccontextmanager
-async def listening(app: web.Application) -> AsyncIterator[str]:
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    host, port = runner.addresses[0][:2]
-    try:
-        yield f"http://{host}:{port}"
-    finally:
-        await runner.cleanup()
-
-
-@asynccontextmanager
 async def balanced(count: int, tmp_path: Path) -> AsyncIterator[tuple[str, list[Replica], aiohttp.ClientSession]]:
     async with AsyncExitStack() as stack:
         replicas = [Replica() for _ in range(count)]
         for replica in replicas:
             app = web.Application()
             app.router.add_post("/v1/completions", replica.complete)
-            replica.url = await stack.enter_async_context(listening(app))
+            replica.url = await stack.enter_async_context(listening(replica_runner(app)))
         urls = tuple(replica.url for replica in replicas)
         options = RouterOptions(host="127.0.0.1", port=1, mixed_urls=urls, slot_dir=tmp_path)
-        url = await stack.enter_async_context(listening(make_app(options)))
+        url = await stack.enter_async_context(listening(make_runner(options)))
         yield url, replicas, await stack.enter_async_context(open_session())
-
-
-async def until(condition: object, seconds: float = 5.0) -> None:
-    assert callable(condition)
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "what the test waits for does not happen"
-        await asyncio.sleep(0.005)
 
 
 async def get(session: aiohttp.ClientSession, url: str) -> dict[str, object]:
@@ -147,7 +126,7 @@ async def test_a_replica_that_breaks_off_ends_the_stream_with_an_error_event(tmp
 
 async def test_faults_are_told_with_their_cause(tmp_path: Path) -> None:
     options = RouterOptions(host="127.0.0.1", port=1, mixed_urls=("http://127.0.0.1:9",), slot_dir=tmp_path)
-    async with listening(make_app(options)) as url, open_session() as session:
+    async with listening(make_runner(options)) as url, open_session() as session:
         answer = await ask(session, url, request_body([1], 2))
         assert answer.status == 502
         assert "http://127.0.0.1:9/v1/completions was not reached" in json.loads(answer.error)["error"]["message"]

@@ -37,6 +37,7 @@ from perf_model.tables import Table, TableStore, first_rows, load
 from search_spaces.errors import InvalidValueError
 
 NEIGHBOURS = 4
+LAUNCH_MARGIN = 1.25  # how much slower than the fastest engine's a matrix product may be on the same GPU
 ROOFLINE_EFFICIENCY = 0.6  # of the speed of light, where no table of any format or shape helps
 MOST_TOKENS = 2.0**21
 # Attention kernels that an engine picks by the GPU's compute capability, where its table holds several.
@@ -45,10 +46,16 @@ PREFERRED_KERNELS = {("sglang", 90): "fa3", ("sglang", 100): "triton", ("sglang"
 
 @dataclass(frozen=True)
 class OperationCosts:
-    """Times of operations on one system with one engine."""
+    """Times of operations on one system with one engine.
+
+    `repair` mends what is known to be wrong in the public tables: matrix products that were timed with their launch from
+    the host (CUDA graphs hide it) are held against the other engines' on the same GPU, and of several kernels for one
+    shape of experts the fastest counts, as engines tune themselves. Without it rows are taken as they are.
+    """
 
     store: TableStore
     system: GpuSystem
+    repair: bool = True
 
     @cached_property
     def _curves(self) -> dict[TokenOperation, Curve]:
@@ -118,7 +125,24 @@ class OperationCosts:
         return 1e3 * np.maximum(2.0 * m * n * k / self.system.peak(form.compute), traffic / self.system.memory_bandwidth)
 
     def _gemm(self, operation: Gemm) -> Curve:
-        table = self.store.table("gemm", "gemm_perf")
+        own = self._gemm_from(self.store, operation)
+        if not self.repair or own.origin is Origin.ROOFLINE:
+            return own
+        others = [self._gemm_from(store, operation) for store in self._other_stores]
+        others = [found for found in others if found.origin is not Origin.ROOFLINE]
+        if not others:
+            return own
+        fastest = np.min([other(own.x) for other in others], axis=0)
+        return replace(own, y=np.minimum(own.y, LAUNCH_MARGIN * fastest))
+
+    @cached_property
+    def _other_stores(self) -> list[TableStore]:
+        gemms = self.store.root / "data" / self.store.system / "gemm"
+        engines = sorted(path.name for path in gemms.iterdir() if path.is_dir()) if gemms.is_dir() else []
+        return [replace(self.store, engine=engine) for engine in engines if engine != self.store.engine]
+
+    def _gemm_from(self, store: TableStore, operation: Gemm) -> Curve:
+        table = store.table("gemm", "gemm_perf")
         for form in (operation.format, *SUBSTITUTES[operation.format]):
             rows = table.where(gemm_dtype=form)
             if len(rows):
@@ -208,7 +232,8 @@ class OperationCosts:
         for table in self._expert_tables():
             rows = table.where(**shape)
             for spread in (operation.distribution, "power_law_1.2", "power_law_1.01", "balanced", "uniform"):
-                slice_ = _without_minimum_latency(rows.where(distribution=spread))
+                slice_ = rows.where(distribution=spread)
+                slice_ = _fastest_rows(slice_, "num_tokens") if self.repair else _without_minimum_latency(slice_)
                 if len(slice_):
                     one = first_rows(slice_, ["num_tokens"])
                     x, y = one.number("num_tokens"), one.number("latency")
@@ -220,7 +245,7 @@ class OperationCosts:
         table = self.store.table("moe", "moe_perf")
         rows = table.where(moe_dtype=operation.format, distribution=operation.distribution)
         rows = rows if len(rows) else table.where(moe_dtype=operation.format)
-        rows = _without_minimum_latency(rows)
+        rows = rows if self.repair else _without_minimum_latency(rows)
         if not len(rows):
             return None
         keys = ["hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size"]
@@ -232,7 +257,7 @@ class OperationCosts:
         utilisations = []
         for i in near:
             shape = {key: shapes.columns[key][i] for key in keys}
-            one = first_rows(rows.where(**shape), ["num_tokens"])
+            one = first_rows(_fastest_rows(rows.where(**shape), "num_tokens"), ["num_tokens"])
             other = replace(
                 operation,
                 hidden_size=int(shape["hidden_size"]),
@@ -396,6 +421,11 @@ def _without_minimum_latency(rows: Table) -> Table:
         return rows
     codes = [i for i, word in enumerate(rows.words["kernel_source"]) if word.endswith("min_latency")]
     return rows.take(np.flatnonzero(~np.isin(rows.columns["kernel_source"], codes)))
+
+
+def _fastest_rows(rows: Table, column: str) -> Table:
+    """Rows sorted so that the fastest of equal `column` comes first."""
+    return rows.take(np.lexsort((rows.number("latency"), rows.number(column)))) if len(rows) else rows
 
 
 def _shape_distance(shapes: Table, operation: Experts) -> FloatArray:

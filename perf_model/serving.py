@@ -33,7 +33,8 @@ class RankLoad:
     `users` requests are in flight on the rank (closed loop; zero where open) or `rate_per_s` arrive (open loop; zero
     where closed). `slots` sequences run together, a step computes at most `token_budget` tokens, and `cached` of the
     `isl` prompt tokens come from the prefix cache. `request_ms` passes before prefill. The run has `run_requests`
-    requests, of which `burst_share` were sent when all users started at once.
+    requests, of which `burst_share` were sent when all users started at once. The scheduler admits requests every
+    `admission_steps` steps and sends tokens in packets of `stream_tokens`.
     """
 
     users: FloatArray
@@ -46,6 +47,8 @@ class RankLoad:
     request_ms: FloatArray
     run_requests: FloatArray
     burst_share: FloatArray
+    admission_steps: FloatArray | float = 1.0
+    stream_tokens: FloatArray | float = 1.0
 
     @property
     def new_tokens(self) -> FloatArray:
@@ -163,10 +166,12 @@ def _estimate(
 ) -> ServingEstimate:
     tokens = np.maximum(load.osl - 1.0, 1.0)
     tpot = cycle.decode_ms / tokens
-    residual = tpot * np.where(cycle.decode_seqs > 1.0, 0.5, 0.0)
+    others = np.where(cycle.decode_seqs > 1.0, 1.0, 0.0)
+    residual = tpot * others * load.admission_steps / 2.0
+    held = tpot * np.where(np.asarray(load.stream_tokens) > 1.0, load.stream_tokens, 0.0)
     share = np.clip(occupancy, 1e-6, 1.0)
     ttft = Latency(
-        base=load.request_ms + cycle.alone_ms + slot_wait,
+        base=load.request_ms + cycle.alone_ms + slot_wait + held,
         width=2.0 * residual,
         wait_share=share,
         wait_mean=queue / share,

@@ -1,12 +1,11 @@
 """What measurements teach the model: a Gaussian process over log(measured / predicted) of one metric.
 
-The kernel is additive and pools hierarchically. With m the number of categories (mode, engine, node type, precision, ...)
-in which two candidates differ, d_s and d_l their distances over log sizes and over log loads:
+The kernel is additive and pools hierarchically. With m the number of categories (mode, engine, node
+type, precision, ...) in which two candidates differ, d_s and d_l their distances over log sizes and over log loads:
 
     k = bias^2                                              what every candidate shares
       + level^2 * rho^m                                     a level per category, alike where most categories agree
       + trend^2 * rho^m * exp(-d_s^2 / 2 l_s^2 - d_l^2 / 2 l_l^2)   smooth in size and load
-      + deployment^2 * [same deployment] * exp(-d_l^2 / 2 (2 l_l)^2)  what one deployment has of its own
       + noise^2 * [same observation]
 
 Without observations the correction is zero and the standard deviation that of the prior. Hyperparameters maximise the
@@ -17,6 +16,7 @@ equation 5.12) and count with a larger noise, as under Student-t errors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
 
 import numpy as np
@@ -42,48 +42,40 @@ class Features:
     """What the surrogate sees of n candidates.
 
     `categories` (n, c) holds an integer code for each name, `sizes` (n, s) natural logarithms of parallel sizes and
-    numeric options, `loads` (n, l) natural logarithms of the load and of what the model says of it, `deployment` (n,) a
-    code that candidates share which differ in load only.
+    numeric options, `loads` (n, l) natural logarithms of the load, in total and per device.
     """
 
     categories: IntArray
     sizes: FloatArray
     loads: FloatArray
-    deployment: IntArray
 
     def __post_init__(self) -> None:
-        counts = {len(self.categories), len(self.sizes), len(self.loads), len(self.deployment)}
+        counts = {len(self.categories), len(self.sizes), len(self.loads)}
         require(len(counts) == 1, f"features have {sorted(counts)} rows; give one row per candidate in each")
         require(bool(np.isfinite(self.sizes).all()), "a size is not finite; encode an absent one as 0")
         require(bool(np.isfinite(self.loads).all()), "a load is not finite; predict every candidate first")
 
     def __len__(self) -> int:
         """Number of candidates."""
-        return len(self.deployment)
+        return len(self.loads)
 
     def take(self, rows: ArrayLike) -> Features:
         """The candidates in `rows` (indices or a mask)."""
         index = np.asarray(rows)
-        return Features(
-            categories=self.categories[index],
-            sizes=self.sizes[index],
-            loads=self.loads[index],
-            deployment=self.deployment[index],
-        )
+        return Features(categories=self.categories[index], sizes=self.sizes[index], loads=self.loads[index])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
     """Standard deviations of the parts of the kernel (in log units), `rho` in (0, 1) and two length scales."""
 
-    bias: float = 0.25
-    level: float = 0.2
-    trend: float = 0.25
-    deployment: float = 0.1
-    noise: float = 0.05
-    rho: float = 0.6
-    size_scale: float = 1.5
-    load_scale: float = 1.5
+    bias: float = 0.2
+    level: float = 0.5
+    trend: float = 0.5
+    noise: float = 0.08
+    rho: float = 0.85
+    size_scale: float = 3.0
+    load_scale: float = 3.0
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -111,10 +103,10 @@ _RHO = _NAMES.index("rho")
 
 @dataclass(frozen=True, kw_only=True)
 class HyperPrior:
-    """Log-normal prior of the hyperparameters: a centre, and the standard deviation of each logarithm (of rho's logit)."""
+    """Log-normal prior of the hyperparameters: a centre, and the standard deviation of each coordinate around it."""
 
     centre: Hyperparameters = field(default_factory=Hyperparameters)
-    spread: float = 0.7
+    spread: float = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +124,11 @@ class _Distances:
     mismatches: FloatArray
     size: FloatArray
     load: FloatArray
-    same_deployment: FloatArray
 
 
 def _squared(first: FloatArray, second: FloatArray) -> FloatArray:
     total = (first**2).sum(1)[:, None] + (second**2).sum(1)[None, :] - 2 * first @ second.T
-    return np.maximum(total, 0.0)
+    return floats(np.maximum(total, 0.0))
 
 
 def _distances(first: Features, second: Features) -> _Distances:
@@ -148,32 +139,31 @@ def _distances(first: Features, second: Features) -> _Distances:
         mismatches=mismatches,
         size=_squared(first.sizes, second.sizes),
         load=_squared(first.loads, second.loads),
-        same_deployment=(first.deployment[:, None] == second.deployment[None, :]).astype(float),
     )
 
 
-def _parts(gap: _Distances, hyper: Hyperparameters) -> tuple[float, FloatArray, FloatArray, FloatArray]:
-    """Bias, level, trend and deployment parts of the kernel; the noise is not among them."""
+def _parts(gap: _Distances, hyper: Hyperparameters) -> tuple[float, FloatArray, FloatArray]:
+    """Bias, level and trend parts of the kernel; the noise is not among them."""
     alike = np.exp(gap.mismatches * np.log(hyper.rho))
     near = np.exp(-0.5 * gap.size / hyper.size_scale**2 - 0.5 * gap.load / hyper.load_scale**2)
-    own = gap.same_deployment * np.exp(-0.125 * gap.load / hyper.load_scale**2)
-    return (
-        hyper.bias**2,
-        hyper.level**2 * alike,
-        hyper.trend**2 * alike * near,
-        hyper.deployment**2 * own,
-    )
+    return hyper.bias**2, hyper.level**2 * alike, hyper.trend**2 * alike * near
+
+
+def _kernel(gap: _Distances, hyper: Hyperparameters) -> FloatArray:
+    bias, level, trend = _parts(gap, hyper)
+    return bias + level + trend
 
 
 def _prior_variance(hyper: Hyperparameters) -> float:
-    return hyper.bias**2 + hyper.level**2 + hyper.trend**2 + hyper.deployment**2
+    return hyper.bias**2 + hyper.level**2 + hyper.trend**2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Surrogate:
     """A fitted process; `correct` may be asked any number of times.
 
-    `width` multiplies every standard deviation (see `interval_width`).
+    `width` multiplies every standard deviation (see `interval_width`). `factor` (n, n) is the lower Cholesky factor of
+    the observations' covariance, `weights` (n,) its inverse times the observations.
     """
 
     hyper: Hyperparameters
@@ -181,8 +171,8 @@ class Surrogate:
     log_ratio: FloatArray
     noise_variance: FloatArray
     width: float
-    _factor: FloatArray
-    _weights: FloatArray
+    factor: FloatArray
+    weights: FloatArray
 
     def correct(self, features: Features) -> Correction:
         """Correction of `features`, without the noise of a new measurement."""
@@ -190,23 +180,22 @@ class Surrogate:
         if len(self.features) == 0:
             return Correction(mean=np.zeros(len(features)), stddev=self.width * np.sqrt(prior))
         cross = self.covariance(features, self.features)
-        solved = solve_triangular(self._factor, cross.T, lower=True, check_finite=False)
+        solved = solve_triangular(self.factor, cross.T, lower=True, check_finite=False)
         variance = np.maximum(prior - (solved**2).sum(0), 1e-12)
-        return Correction(mean=cross @ self._weights, stddev=self.width * np.sqrt(variance))
+        return Correction(mean=cross @ self.weights, stddev=self.width * np.sqrt(variance))
 
     def covariance(self, first: Features, second: Features) -> FloatArray:
         """Prior covariance (a, b) between two sets of candidates."""
-        total: FloatArray = sum(_parts(_distances(first, second), self.hyper), np.zeros(()))
-        return total
+        return _kernel(_distances(first, second), self.hyper)
 
     def posterior_covariance(self, first: Features, second: Features) -> FloatArray:
         """Covariance (a, b) of two sets of candidates given the observations, widened like `correct`."""
         prior = self.covariance(first, second)
         if len(self.features) == 0:
             return self.width**2 * prior
-        left = solve_triangular(self._factor, self.covariance(first, self.features).T, lower=True, check_finite=False)
-        right = solve_triangular(self._factor, self.covariance(second, self.features).T, lower=True, check_finite=False)
-        return self.width**2 * (prior - left.T @ right)
+        left = solve_triangular(self.factor, self.covariance(first, self.features).T, lower=True, check_finite=False)
+        right = solve_triangular(self.factor, self.covariance(second, self.features).T, lower=True, check_finite=False)
+        return floats(self.width**2 * (prior - left.T @ right))
 
     @property
     def noise_stddev(self) -> float:
@@ -241,7 +230,7 @@ def condition(features: Features, log_ratio: ArrayLike, hyper: Hyperparameters, 
 
 def _condition(features: Features, target: FloatArray, hyper: Hyperparameters, width: float) -> Surrogate:
     noise = np.full(len(target), hyper.noise**2)
-    kernel = sum(_parts(_distances(features, features), hyper), np.zeros(()))
+    kernel = _kernel(_distances(features, features), hyper)
     factor, weights = _solve(kernel, noise, target)
     for _ in range(2 if len(target) >= 3 else 0):
         noise = hyper.noise**2 * _student_inflation(factor, weights)
@@ -252,8 +241,8 @@ def _condition(features: Features, target: FloatArray, hyper: Hyperparameters, w
         log_ratio=target,
         noise_variance=noise,
         width=width,
-        _factor=factor,
-        _weights=weights,
+        factor=factor,
+        weights=weights,
     )
 
 
@@ -305,38 +294,57 @@ def _negative_log_posterior(
     return value + 0.5 * float(offset @ offset), gradient + offset / spread
 
 
-def negative_log_likelihood(
-    hyper: Hyperparameters, gap: _Distances, target: FloatArray
-) -> tuple[float, FloatArray]:
+def negative_log_likelihood(hyper: Hyperparameters, gap: _Distances, target: FloatArray) -> tuple[float, FloatArray]:
     """Negative log marginal likelihood of `target` and its gradient in the coordinates of `Hyperparameters`."""
-    bias, level, trend, own = _parts(gap, hyper)
+    bias, level, trend = _parts(gap, hyper)
     count = len(target)
-    lower, _ = cho_factor(bias + level + trend + own + (hyper.noise**2 + 1e-9) * np.eye(count), lower=True)
+    lower, _ = cho_factor(bias + level + trend + (hyper.noise**2 + 1e-9) * np.eye(count), lower=True)
     inverse = cho_solve((lower, True), np.eye(count), check_finite=False)
     weights = inverse @ target
     value = 0.5 * float(target @ weights) + float(np.log(np.diag(lower)).sum()) + 0.5 * count * np.log(2 * np.pi)
     outer = np.outer(weights, weights) - inverse
-    in_trend, in_own = outer * trend, outer * own
+    in_trend = outer * trend
     gradient = -0.5 * np.array(
         [
             2 * bias * outer.sum(),
             2 * (outer * level).sum(),
             2 * in_trend.sum(),
-            2 * in_own.sum(),
             2 * hyper.noise**2 * np.trace(outer),
             (1 - hyper.rho) * ((outer * level + in_trend) * gap.mismatches).sum(),
             (in_trend * gap.size).sum() / hyper.size_scale**2,
-            (in_trend * gap.load).sum() / hyper.load_scale**2 + 0.25 * (in_own * gap.load).sum() / hyper.load_scale**2,
+            (in_trend * gap.load).sum() / hyper.load_scale**2,
         ]
     )
     return value, gradient
 
 
+def learn(studies: Sequence[tuple[Features, FloatArray]], *, start: Hyperparameters | None = None) -> Hyperparameters:
+    """The hyperparameters under which the observations of earlier `studies` are most likely, each a process of its own.
+
+    They say how wrong the model usually is and how its errors hang together, without saying anything of a new study.
+    """
+    pairs = [
+        (_distances(part, part), floats(target)[chosen])
+        for features, target in studies
+        for chosen in (_spread_out(len(features)),)
+        for part in (features.take(chosen),)
+    ]
+
+    def total(vector: FloatArray) -> tuple[float, FloatArray]:
+        hyper = Hyperparameters.from_vector(vector)
+        terms = [negative_log_likelihood(hyper, gap, target) for gap, target in pairs]
+        return sum(value for value, _ in terms), np.sum([gradient for _, gradient in terms], axis=0)
+
+    bounds = [(-6.0, 3.0)] * len(_NAMES)
+    found = minimize(total, (start or Hyperparameters()).to_vector(), jac=True, method="L-BFGS-B", bounds=bounds)
+    return Hyperparameters.from_vector(found.x)
+
+
 def interval_width(residuals: ArrayLike) -> float:
     """Factor on standard deviations that the standardised one-step-ahead residuals (n,) call for.
 
-    The root of a posterior mean of their square: `WIDTH_PRIOR_OBSERVATIONS` of size 1 and the observed ones, each cut at
-    3 so that an outlier does not widen every interval.
+    The root of a posterior mean of their square: `WIDTH_PRIOR_OBSERVATIONS` of size 1 and the observed ones, each cut
+    at 3 so that an outlier does not widen every interval.
     """
     squared = np.minimum(floats(residuals) ** 2, 9.0)
     return float(np.sqrt((WIDTH_PRIOR_OBSERVATIONS + squared.sum()) / (WIDTH_PRIOR_OBSERVATIONS + len(squared))))

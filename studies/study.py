@@ -81,6 +81,8 @@ from studies.verdict import checked_outcome, pessimistic_values
 
 MAX_ATTEMPTS = 3
 MAX_LOSSES = 10
+CLOCK_STEP_S = 5.0
+"""Start times of a process are derived from the wall clock, which may be stepped between two readings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -462,4 +464,5 @@ def _is_another(holder: Mapping[str, object]) -> bool:
         process = psutil.Process(int(str(holder["pid"])))
     except psutil.NoSuchProcess:
         return False
-    return process.pid != os.getpid() and process.create_time() == holder["created"]
+    same = abs(process.create_time() - float(str(holder["created"]))) < CLOCK_STEP_S
+    return same and process.pid != os.getpid()

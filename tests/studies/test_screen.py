@@ -112,7 +112,8 @@ def test_candidates_that_the_model_rules_out_are_left_for_the_very_last(tmp_path
         too_large = Prediction(metrics={}, infeasible="12 GB of weights in 8 GB")
         return [too_large if c.load.value > 1 else p for c, p in zip(candidates, fits, strict=True)]
 
-    screen = Screen(PROBLEM, space, 1, predict, PredictionLog(tmp_path / "predictions"))
+    log = PredictionLog(tmp_path / "predictions")
+    screen = Screen(PROBLEM, space, 1, predict, log)
     trials: list[TrialRecord] = []
     for number in range(10, 10 + len(everything)):
         choice = screen.choose(list(everything.values()), request(number, trials))
@@ -122,6 +123,9 @@ def test_candidates_that_the_model_rules_out_are_left_for_the_very_last(tmp_path
     assert len({trial.key for trial in trials}) == len(everything)
     with pytest.raises(SpaceExhausted):
         screen.require_untried({trial.key or "" for trial in trials}, 99)
+    log.flush()
+    reasons = set(pd.read_parquet(tmp_path / "predictions")["reason"])
+    assert reasons == {"outscored", "predicted: 12 GB of weights in 8 GB"}
 
 
 def test_a_warm_deployment_at_another_load_wins_where_starting_is_dear(tmp_path: Path) -> None:

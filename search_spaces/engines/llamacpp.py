@@ -1,4 +1,10 @@
-"""Options of llama.cpp's server, as offered by its `--help` (defaults are its own, threads apart)."""
+"""Options of llama.cpp's server.
+
+Defaults are its own: batch sizes and cache types as in its parameters (a test compares them with what is installed),
+4 slots where it is left to choose, and flash attention, which its `auto` resolves to. Two differ. Its default thread
+count is every core, ours is one: a replica has the cores that it reserves. And left to choose it shares one KV cache
+among its slots (`--kv-unified`), so that each token attends over the room of all; ours are apart.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,16 @@ from search_spaces.model import ModelSpec
 from search_spaces.outcome import FailureReason
 from search_spaces.serving import Role, make_options
 from search_spaces.workload import Length, Workload
-from tests.support.llamacpp import EXACT_OPTIONS, SMALL_MODEL, ask_in_turn, pool, prompts, replica_spec, request_body
+from tests.support.llamacpp import (
+    EXACT_OPTIONS,
+    SMALL_MODEL,
+    ask_all,
+    ask_in_turn,
+    pool,
+    prompts,
+    replica_spec,
+    request_body,
+)
 from tests.support.processes import Child, child, free_port, is_alive, wait_until_gone, wait_until_healthy
 
 BACKEND = LlamaCppBackend()
@@ -112,6 +121,35 @@ async def test_a_prompt_sent_again_is_computed_again_unless_prefixes_are_shared(
 async def test_the_longest_request_fits_and_is_not_cut(served: str) -> None:
     (answer,) = await ask_in_turn(served, [request_body([300] * 192, 64)])
     assert answer.last["usage"] == answer.last["usage"] | {"prompt_tokens": 192, "completion_tokens": 64}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kv_cache_dtype": "q8_0", "batch_size": 64, "ubatch_size": 32},
+        {"flash_attention": False, "max_num_seqs": 32},
+    ],
+)
+async def test_options_are_served(model: ModelSpec, tmp_path: Path, options: dict[str, Any]) -> None:
+    own = replace(MIXED, options=make_options(options))
+    spec = replica_spec(model, tmp_path, own)
+    with running(BACKEND.replica_command(spec), spec, tmp_path) as (url, replica):
+        answers = await ask_all(url, [request_body(prompt, 16) for prompt in prompts(6, seed=3)])
+        assert [len(answer.pieces) for answer in answers] == [16] * 6
+        assert f"n_slots = {options.get('max_num_seqs', 4)}, n_ctx_slot = 256" in replica.log
+
+
+def test_defaults_are_the_engine_s_own() -> None:
+    import xllamacpp
+
+    own, types = xllamacpp.CommonParams(), xllamacpp.ggml_type
+    assert LLAMACPP.parameter("batch_size").default == own.n_batch
+    assert LLAMACPP.parameter("ubatch_size").default == own.n_ubatch
+    assert LLAMACPP.parameter("kv_cache_dtype").default == "f16"
+    assert own.cache_type_k == own.cache_type_v == types.GGML_TYPE_F16
+    assert own.flash_attn_type == xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_AUTO
 
 
 @pytest.mark.engine

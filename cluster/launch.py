@@ -26,6 +26,7 @@ def main(arguments: list[str]) -> None:
         if options:
             os.sched_setaffinity(0, [int(core) for core in options[1].split(",")])
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # Ray's workers block some signals, and children inherit that
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; ours are ended in turn
     try:
         os.execvp(command[0], command)  # noqa: S606  no shell is the point
     except OSError as error:

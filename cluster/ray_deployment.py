@@ -74,6 +74,7 @@ class RayDeployment:
         self._actors: dict[str, Any] = {}
         self._pending: dict[Any, tuple[Callable[[str, Any], None], str]] = {}
         self._facts: dict[str, NodeFacts] = {}
+        self._addresses: dict[str, str] = {}
         self._seats: dict[str, Seat] = {}
         self._serving: dict[str, Serving] = {}
         self._start_by_s = 0.0
@@ -216,7 +217,7 @@ class RayDeployment:
 
     def _take_seats(self) -> None:
         """Cores for everyone, the replicas first; one node talks over the loopback address."""
-        addresses = {node.node_id: node.ip for node in self._site.cluster.nodes()}
+        self._addresses = addresses = {node.node_id: node.ip for node in self._site.cluster.nodes()}
         one_node = len({facts.node_id for facts in self._facts.values()}) == 1
         router = self._placement.router
         for bundle in (*self._placement.replicas, self._placement.client, *((router,) if router else ())):
@@ -393,10 +394,10 @@ class RayDeployment:
             if name in self._seats and self._site.ledger(facts).shared(self._owner(name))
         ]
         return environment(
-            engine=self._backend.name,
-            engine_version=self._backend.version(),
+            backend=self._backend,
             ray_version=ray.__version__,
             nodes=self._facts,
+            addresses=self._addresses,
             cores={name: seat.cores for name, seat in self._seats.items()},
             shared=shared,
             oversubscribed=self._site.cluster.oversubscribed,

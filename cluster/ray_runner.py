@@ -11,7 +11,7 @@ from typing import Self
 
 from cluster import deployment as life
 from cluster.engines.base import EngineBackend
-from cluster.janitor import end_orphans
+from cluster.janitor import TaggedProcess, end_orphans
 from cluster.placement import PlacementError, fit_together, plan_placement
 from cluster.processes import ProcessId
 from cluster.ray_deployment import RayDeployment, Site
@@ -25,6 +25,7 @@ PRESSURE_S = 1.0
 """A deployment that waits this long for its devices makes idle ones stop, one after the other."""
 TURN_S = 0.02
 CLOSE_GRACE_S = 10.0
+SWEEP_LIMIT_S = 20.0
 _PHASES = {
     life.Phase.PLACING: "placement",
     life.Phase.STARTING: "start",
@@ -58,7 +59,7 @@ class RayTrialRunner:
         self._began_s: dict[str, float] = {}
         self._count = 0
         self._closed = False
-        self.ended_orphans = tuple(end_orphans(study))
+        self.ended_orphans = self._sweep()
 
     def __enter__(self) -> Self:
         return self
@@ -112,6 +113,14 @@ class RayTrialRunner:
         self._closed = True
         self._stop_all(self._deployments, "the runner was closed before the trial was measured")
         end_orphans(self._site.study)
+
+    def _sweep(self) -> tuple[TaggedProcess, ...]:
+        """End what dead coordinators of the study left: on this host at once, on the others through Ray."""
+        ended = end_orphans(self._site.study)
+        if len(self._cluster.nodes()) > 1:
+            swept = self._cluster.run_on_every_node(SWEEP_LIMIT_S, end_orphans, self._site.study)
+            ended += [process for processes in swept.values() for process in processes]
+        return tuple(ended)
 
     def processes(self) -> dict[str, dict[str, int]]:
         """Process ids by deployment and replica, of the deployments that are up."""

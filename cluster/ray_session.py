@@ -101,6 +101,26 @@ class RayCluster:
             raise error.cause from error
         return result
 
+    def run_on_every_node(
+        self, limit_s: float, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> dict[str, Result]:
+        """Call `function` on each live node, without reserving anything; results by host.
+
+        Nodes that did not answer within `limit_s` are left out, with a warning.
+        """
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        calls: dict[Any, str] = {}
+        for node in self.nodes():
+            there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+            task: Any = ray.remote(_pinned).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+            calls[task.remote(0, function, args, kwargs)] = node.host
+        done, late = ray.wait(list(calls), num_returns=len(calls), timeout=limit_s)
+        for reference in late:
+            _log.warning("%s did not answer within %g s on node %s", function.__name__, limit_s, calls[reference])
+        return {calls[reference]: ray.get(reference) for reference in done}
+
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""
         import ray

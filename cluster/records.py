@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cluster.engines.base import EngineBackend
 from cluster.node_facts import NodeFacts
 from search_spaces.problem import Problem
 from search_spaces.serving import ServingConfig
@@ -21,25 +22,25 @@ def price_per_hour(config: ServingConfig, problem: Problem) -> float:
 
 def environment(
     *,
-    engine: str,
-    engine_version: str,
+    backend: EngineBackend,
     ray_version: str,
     nodes: Mapping[str, NodeFacts],
+    addresses: Mapping[str, str],
     cores: Mapping[str, Sequence[int]],
     shared: Sequence[str],
     oversubscribed: bool,
 ) -> dict[str, str]:
-    """The record of where and with what a trial ran; `nodes` and `cores` are by bundle name.
+    """The record of where and with what a trial ran; `nodes` and `cores` are by bundle name, `addresses` by node id.
 
     `cores` is `own` where each bundle had its cores to itself, else `shared: ` and who did not.
     """
     hosts = {facts.node_id: facts for facts in nodes.values()}
     record = {
-        "engine": engine,
-        "engine_version": engine_version,
+        "engine": backend.name,
+        "engine_version": backend.version(),
         "python": platform.python_version(),
         "ray": ray_version,
-        "nodes": "; ".join(sorted({facts.host for facts in hosts.values()})),
+        "nodes": "; ".join(sorted(f"{facts.host} ({addresses.get(key, '?')})" for key, facts in hosts.items())),
         "cpu_model": "; ".join(sorted({facts.cpu_model for facts in hosts.values()})),
         "cores": f"shared: {', '.join(sorted(shared))}" if shared else "own",
         "oversubscribed": str(oversubscribed).lower(),

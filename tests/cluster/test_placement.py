@@ -179,7 +179,7 @@ def test_a_pool_that_is_not_there_is_named_with_what_was_found_and_a_remedy() ->
 
 
 def test_pools_on_the_same_nodes_are_counted_together() -> None:
-    twins = [replace(POOL, name="one"), replace(POOL, name="two")]
+    twins = [replace(POOL, name="one", labels={}), replace(POOL, name="two", labels={})]
     with pytest.raises(PlacementError, match="needs 2 nodes"):
         check_pools(twins, [node(cpus=16)])
     check_pools(twins, [node(cpus=16), node(cpus=16)])
@@ -187,5 +187,5 @@ def test_pools_on_the_same_nodes_are_counted_together() -> None:
 
 def test_the_load_generator_needs_cpus_that_no_pool_takes() -> None:
     with pytest.raises(PlacementError, match=r"has 3 CPUs, but the node pools take 2 and the load generator .* 1\.5"):
-        check_pools([POOL], [node(cpus=3)])
-    check_pools([POOL], [node(cpus=3.5)])
+        check_pools([replace(POOL, labels={})], [node(cpus=3)])
+    check_pools([replace(POOL, labels={})], [node(cpus=3.5)])

@@ -62,6 +62,12 @@ def test_a_function_on_a_pool_raises_here_and_has_a_limit(ray_cluster: RayCluste
 
 
 @pytest.mark.ray
+def test_a_function_runs_on_every_node(ray_cluster: RayCluster) -> None:
+    (node,) = ray_cluster.nodes()
+    assert ray_cluster.run_on_every_node(60.0, isqrt, 17) == {node.host: 4}
+
+
+@pytest.mark.ray
 def test_a_pool_that_the_cluster_lacks_is_told_at_once(ray_cluster: RayCluster) -> None:
     with pytest.raises(PlacementError, match="'here' needs 1 nodes with 2 CPUs and zone=moon, but the cluster has 0"):
         check_pools([replace(POOL, labels={"zone": "moon"})], ray_cluster.nodes())

@@ -22,7 +22,7 @@ from tests.support.ray_problem import POOL, disaggregated, request
 
 
 def main(address: str, study: str, folder: Path) -> None:
-    rule = MeasurementRule(requests=100_000, lateness_limit_ms=5000.0)
+    rule = MeasurementRule(requests=20_000, lateness_limit_ms=5000.0)
     with (
         connect(None if address == "local" else address, [POOL]) as cluster,
         RayTrialRunner(

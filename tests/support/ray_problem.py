@@ -21,7 +21,9 @@ CORE = Device(
     link_bandwidth=5e9,
     network_bandwidth=1e9,
 )
-POOL = NodePool(name="here", device=CORE, nodes=1, devices_per_node=2, price_per_hour=0.5)
+POOL = NodePool(
+    name="here", device=CORE, nodes=1, devices_per_node=2, price_per_hour=0.5, labels={"tuner-pool": "here"}
+)
 MODEL = ModelSpec(
     name="tiny",
     hidden_size=64,

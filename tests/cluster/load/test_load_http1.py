@@ -69,10 +69,13 @@ def test_interim_responses_are_passed_over() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"garbage\r\n\r\n", "'garbage' is no HTTP/1.1 status line"),
-        (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", "b'zz' is no chunk size"),
-        (HEAD + b"Content-Length: many\r\n\r\n", "'many' is no content length"),
-        (b"x" * 70_000, "head of the response is longer than 65536 bytes"),
+        (b"garbage\r\n\r\n", r"b'garbage.* is no HTTP/1.1 response: Expected HTTP/"),
+        (
+            HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+            "is no HTTP/1.1 response: Invalid character in chunk size",
+        ),
+        (HEAD + b"Content-Length: many\r\n\r\n", "is no HTTP/1.1 response: Invalid character in Content-Length"),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000, "head of the response is longer than 65536 bytes"),
     ],
 )
 def test_what_is_no_http_is_refused(data: bytes, message: str) -> None:

@@ -204,4 +204,5 @@ class Search:
         for trial in self._trying:
             self.runner.stop(trial.handle)
             self.study.release(trial.proposal)
+            shutil.rmtree(self._folder(trial.proposal), ignore_errors=True)
         self._trying.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +35,20 @@ class Place:
         """Measured devices of a study's node pools."""
         return self.directory / "nodes" / f"{study}.json"
 
-    def work(self, study: str) -> Path:
-        """Working files of a study's deployments."""
-        return self.directory / "work" / study
+    def trials(self, study: str) -> Path:
+        """Files of the trials in flight; once a trial is told they are artefacts, and go from here."""
+        return self.directory / "work" / study / "trials"
+
+    def deployments(self, study: str) -> Path:
+        """Working files of a study's deployments, and the models that they load."""
+        return self.directory / "work" / study / "deployments"
+
+    def clear_work(self, study: str) -> None:
+        """Remove what a dead run left of trials and deployments; the models stay. Only for the study's one writer."""
+        shutil.rmtree(self.trials(study), ignore_errors=True)
+        for folder in self.deployments(study).glob("*"):
+            if folder.name != "models" and folder.is_dir():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def find_place(url: str | None) -> Place:

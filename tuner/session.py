@@ -176,14 +176,16 @@ def _search(
     observer: Observer,
 ) -> StopReason | None:
     touched = study.reconcile()
+    place.clear_work(file.name)
     if touched:
-        observer.note(f"{len(touched)} trials that an earlier run left behind are settled or wait to be repeated")
+        trials = ", ".join(str(trial.number) for trial in touched)
+        observer.note(f"an earlier run left trials behind; settled, or to be repeated: {trials}")
     plan = SearchPlan(
         problem=study.setup.problem,
         rule=make_rule(file),
         limits=make_limits(file),
         budget=make_budget(file),
-        work_dir=place.work(file.name),
+        work_dir=place.trials(file.name),
         seed=file.seed,
     )
     with stop as stop_requested, closing(cluster.runner(file.name)) as runner:

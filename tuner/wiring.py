@@ -182,5 +182,5 @@ class RayAccess:
         from cluster.ray_runner import RayTrialRunner
 
         backends = {backend.name: backend for backend in (LlamaCppBackend(),)}
-        work_dir = self.place.work(study) / "deployments"
+        work_dir = self.place.deployments(study)
         return RayTrialRunner(study=study, backends=backends, cluster=self.cluster, work_dir=work_dir)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,7 +25,9 @@ from search_spaces.serving import ServingConfig
 
 PRESSURE_S = 1.0
 """A deployment that waits this long for its devices makes idle ones stop, one after the other."""
-TURN_S = 0.02
+TURN_S = 0.005
+PAUSE_S = 0.02
+KEPT_OUTCOMES = 256
 CLOSE_GRACE_S = 10.0
 SWEEP_LIMIT_S = 20.0
 _PHASES = {
@@ -35,6 +39,19 @@ _PHASES = {
     life.Phase.STOPPING: "stop",
     life.Phase.STOPPED: "stop",
 }
+
+
+@dataclass(kw_only=True)
+class _Trial:
+    """A trial without an outcome; `owner` is the deployment that it waits for or runs on."""
+
+    request: TrialRequest
+    began_s: float
+    owner: RayDeployment | None = None
+
+    @property
+    def phase(self) -> str:
+        return "placement" if self.owner is None else _PHASES[self.owner.state.phase]
 
 
 class RayTrialRunner:
@@ -53,10 +70,11 @@ class RayTrialRunner:
             study=study, cluster=cluster, coordinator=ProcessId.of(os.getpid()), work_dir=work_dir.resolve()
         )
         self._deployments: list[RayDeployment] = []
-        self._requests: dict[str, TrialRequest] = {}
-        self._owners: dict[str, RayDeployment] = {}
+        self._known: set[str] = set()
+        self._running: dict[str, _Trial] = {}
         self._outcomes: dict[str, Outcome] = {}
-        self._began_s: dict[str, float] = {}
+        self._told: deque[str] = deque()
+        self._turned_s = 0.0
         self._count = 0
         self._closed = False
         self.ended_orphans = self._sweep()
@@ -73,30 +91,36 @@ class RayTrialRunner:
         """Begin `request`; raises `InvalidValueError` for a trial that was started before or an unknown engine."""
         if self._closed:
             raise TunerError("the runner is closed; make a new one")
-        if request.trial in self._requests:
+        if request.trial in self._known:
             raise InvalidValueError(f"trial {request.trial!r} was started before; give each trial its own name")
-        self._requests[request.trial] = request
-        self._began_s[request.trial] = time.monotonic()
+        if request.candidate.config.engine not in self._backends:
+            known = ", ".join(self._backends)
+            raise InvalidValueError(f"engine {request.candidate.config.engine!r} is unknown; choose {known}")
+        self._known.add(request.trial)
         self._turn()
-        self._route(request)
+        trial = self._running[request.trial] = _Trial(request=request, began_s=time.monotonic())
+        self._route(trial)
         return TrialHandle(trial=request.trial, config_key=request.candidate.config.key)
 
     def poll(self, handle: TrialHandle) -> Running | Outcome:
-        """State of the trial; raises `InvalidValueError` for one that was never started here."""
-        if handle.trial not in self._requests:
-            raise InvalidValueError(f"trial {handle.trial!r} is unknown to this runner; start it first")
+        """State of the trial; raises `InvalidValueError` for one that was never started here.
+
+        The outcome is kept for some hundred trials after it was first told.
+        """
         self._turn()
         if handle.trial in self._outcomes:
-            return self._outcomes[handle.trial]
-        return Running(phase=self._phase(handle.trial), elapsed_s=time.monotonic() - self._began_s[handle.trial])
+            return self._tell(handle.trial)
+        trial = self._running.get(handle.trial)
+        if trial is None:
+            raise InvalidValueError(f"trial {handle.trial!r} is unknown to this runner (any more); start it first")
+        return Running(phase=trial.phase, elapsed_s=time.monotonic() - trial.began_s)
 
     def stop(self, handle: TrialHandle) -> None:
         """End the trial and its deployment, and wait until its devices are free; a no-op when it has ended."""
-        owner = self._owners.get(handle.trial)
-        if handle.trial in self._outcomes or owner is None:
-            return
-        owner.stop(f"trial {handle.trial} was stopped before it was measured")
-        self._wait_until_stopped([owner])
+        trial = self._running.get(handle.trial)
+        if trial is not None and trial.owner is not None:
+            trial.owner.stop(f"trial {handle.trial} was stopped before it was measured")
+            self._wait_until_stopped([trial.owner])
 
     def warm(self) -> tuple[ServingConfig, ...]:
         """Configurations whose deployments are up and idle, the one used last first."""
@@ -126,32 +150,38 @@ class RayTrialRunner:
         """Process ids by deployment and replica, of the deployments that are up."""
         return {deployment.name: deployment.pids for deployment in self._deployments}
 
-    def _phase(self, trial: str) -> str:
-        owner = self._owners.get(trial)
-        return "placement" if owner is None else _PHASES[owner.state.phase]
+    def _tell(self, trial: str) -> Outcome:
+        """The outcome of an ended trial; those told longest ago are forgotten, as studies run for days."""
+        outcome = self._outcomes[trial]
+        if trial not in self._told:
+            self._told.append(trial)
+        while len(self._told) > KEPT_OUTCOMES:
+            del self._outcomes[self._told.popleft()]
+        return outcome
 
     def _idle(self) -> list[RayDeployment]:
         """Idle deployments, the one used longest ago first."""
         return sorted((d for d in self._deployments if d.state.warm), key=lambda d: d.state.since_s)
 
-    def _route(self, request: TrialRequest) -> None:
+    def _route(self, trial: _Trial) -> None:
         """Give the trial to a deployment of its configuration, or start one."""
+        request = trial.request
         config = request.candidate.config
-        standing = next((d for d in self._deployments if d.state.alive and d.config == config), None)
-        if standing is not None:
-            self._owners[request.trial] = standing
-            standing.ask(request)
+        trial.owner = next((d for d in self._deployments if d.state.alive and d.config == config), None)
+        if trial.owner is not None:
+            trial.owner.ask(request)
             return
         try:
-            self._owners[request.trial] = self._launch(request)
+            trial.owner = self._launch(request)
         except PlacementError as error:
-            self._outcomes[request.trial] = Failure(reason=FailureReason.PLACEMENT, detail=str(error))
+            self._end(request.trial, Failure(reason=FailureReason.PLACEMENT, detail=str(error)))
+
+    def _end(self, trial: str, outcome: Outcome) -> None:
+        self._outcomes[trial] = outcome
+        del self._running[trial]
 
     def _launch(self, request: TrialRequest) -> RayDeployment:
         config = request.candidate.config
-        backend = self._backends.get(config.engine)
-        if backend is None:
-            raise InvalidValueError(f"engine {config.engine!r} is unknown; choose {', '.join(self._backends)}")
         placement = plan_placement(config, request.problem)
         if placement.spanning:
             raise PlacementError(
@@ -161,7 +191,11 @@ class RayTrialRunner:
         self._make_room(request)
         self._count += 1
         deployment = RayDeployment(
-            name=f"{config.key}-{self._count}", request=request, placement=placement, backend=backend, site=self._site
+            name=f"{config.key}-{self._count}",
+            request=request,
+            placement=placement,
+            backend=self._backends[config.engine],
+            site=self._site,
         )
         self._deployments.append(deployment)
         return deployment
@@ -178,15 +212,27 @@ class RayTrialRunner:
             standing.remove(idle)
 
     def _turn(self) -> None:
+        """Let every deployment act on what has happened; at most every `TURN_S`, however many trials are polled."""
+        if time.monotonic() - self._turned_s < TURN_S:
+            return
+        self._turned_s = time.monotonic()
+        requeued: list[str] = []
         for deployment in list(self._deployments):
             deployment.turn()
-            self._outcomes.update(deployment.outcomes)
-            requeued, deployment.requeued = deployment.requeued, []
+            requeued += self._collect(deployment)
             if deployment.state.phase is life.Phase.STOPPED:
                 self._deployments.remove(deployment)
-            for trial in requeued:
-                self._route(self._requests[trial])
+        for trial in requeued:
+            self._route(self._running[trial])
         self._relieve_pressure()
+
+    def _collect(self, deployment: RayDeployment) -> list[str]:
+        """Take over the outcomes of `deployment`; returns the trials that need another one."""
+        outcomes, deployment.outcomes = deployment.outcomes, {}
+        for trial, outcome in outcomes.items():
+            self._end(trial, outcome)
+        requeued, deployment.requeued = deployment.requeued, []
+        return requeued
 
     def _relieve_pressure(self) -> None:
         """Stop an idle deployment where one still waits: others, or the layout of the nodes, stand in its way."""
@@ -209,7 +255,8 @@ class RayTrialRunner:
         limits = [d.state.limits.stop_s for d in deployments]
         deadline_s = time.monotonic() + max(limits, default=0.0) + CLOSE_GRACE_S
         while time.monotonic() < deadline_s:
+            self._turned_s = 0.0
             self._turn()
             if all(d.state.phase is life.Phase.STOPPED for d in deployments):
                 return
-            time.sleep(TURN_S)
+            time.sleep(PAUSE_S)

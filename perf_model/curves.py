@@ -12,7 +12,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from perf_model.numeric import FloatArray
+from perf_model.numeric import FloatArray, IntArray, floats
 from search_spaces.errors import require
 
 FAR = 2.0 ** np.arange(1, 9)  # knots beyond the measured range, as multiples of its end
@@ -43,7 +43,7 @@ class Curve:
 
     def __call__(self, at: FloatArray) -> FloatArray:
         """Milliseconds at each element of `at`."""
-        return np.interp(at, self.x, self.y)
+        return floats(np.interp(at, self.x, self.y))
 
     def scaled(self, factor: float) -> Curve:
         """This curve times `factor`."""
@@ -56,6 +56,37 @@ class Curve:
         if not self.low <= at <= self.high:
             return Origin.EXTRAPOLATED
         return Origin.EXACT if at in self.x else Origin.INTERPOLATED
+
+
+DENSE_TOKENS = 1 << 15
+LONGEST = 1 << 18
+
+IntervalArray = np.ndarray[tuple[int, ...], np.dtype[np.int16]]
+
+
+@dataclass(frozen=True)
+class DenseCurve:
+    """A curve tabulated at whole numbers below `DENSE_TOKENS`, for look-ups without a search; exact at whole knots."""
+
+    sparse: Curve
+    values: FloatArray
+    slopes: FloatArray
+
+    def __call__(self, at: FloatArray) -> FloatArray:
+        """Milliseconds at each element of `at`."""
+        index = at.astype(np.int64)
+        np.minimum(index, DENSE_TOKENS - 1, out=index)
+        time = self.values[index] + (at - index) * self.slopes[index]
+        beyond = at >= DENSE_TOKENS
+        if beyond.any():
+            time[beyond] = self.sparse(at[beyond])
+        return floats(time)
+
+
+def dense(sparse: Curve) -> DenseCurve:
+    """The tabulated form of `sparse`."""
+    values = sparse(np.arange(DENSE_TOKENS + 1, dtype=np.float64))
+    return DenseCurve(sparse, values[:-1], np.diff(values))
 
 
 def curve(
@@ -82,7 +113,7 @@ def total(curves: Sequence[Curve]) -> Curve:
 def _linear_beyond(c: Curve, at: FloatArray) -> FloatArray:
     """`c` at knots that may lie beyond its own last one: linear there, as every speed of light is in the end."""
     slope = (c.y[-1] - c.y[-2]) / (c.x[-1] - c.x[-2]) if len(c.x) > 1 else 0.0
-    return c(at) + slope * np.maximum(at - c.x[-1], 0.0)
+    return floats(c(at) + slope * np.maximum(at - c.x[-1], 0.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +141,7 @@ class Surface:
         high = flat[corner + width] * (1.0 - v) + flat[corner + width + 1] * v
         if self.power != 1.0:
             low, high = low ** (1.0 / self.power), high ** (1.0 / self.power)
-        return low + u * (high - low)
+        return floats(low + u * (high - low))
 
     def origin_at(self, row: float, column: float) -> Origin:
         """Where the time at one point comes from."""
@@ -122,7 +153,66 @@ class Surface:
         return Origin.EXACT if exact else Origin.INTERPOLATED
 
 
-def _locate(knots: FloatArray, at: FloatArray) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.int64]], FloatArray]:
+@dataclass(frozen=True)
+class DenseSurface:
+    """A surface whose intervals are found by table instead of by search, for whole-number knots."""
+
+    sparse: Surface
+    row_interval: IntervalArray
+    column_interval: IntervalArray
+    row_scale: FloatArray
+    column_scale: FloatArray
+
+    def __call__(self, row: FloatArray, column: FloatArray) -> FloatArray:
+        """Milliseconds at each pair of elements."""
+        j, v = self._column(column)
+        i = self.row_interval[np.minimum(row, len(self.row_interval) - 1).astype(np.int64)].astype(np.int64)
+        u = np.maximum((row - self.sparse.rows[i]) * self.row_scale[i], 0.0)
+        flat, width = self.sparse.z.ravel(), len(self.sparse.columns)
+        corner = i * width + j
+        low = flat[corner]
+        low = low + (flat[corner + 1] - low) * v
+        high = flat[corner + width]
+        high = high + (flat[corner + width + 1] - high) * v
+        if self.sparse.power == 0.5:
+            low, high = low * low, high * high
+        return floats(low + u * (high - low))
+
+    def one(self, column: FloatArray) -> FloatArray:
+        """Milliseconds for one sequence, where the surface has a row for one."""
+        if self.sparse.rows[0] != 1.0:
+            return self(np.ones_like(column), column)
+        j, v = self._column(column)
+        first = self.sparse.z[0]
+        low = first[j]
+        low = low + (first[j + 1] - low) * v
+        return floats(low * low if self.sparse.power == 0.5 else low)
+
+    def _column(self, column: FloatArray) -> tuple[IntArray, FloatArray]:
+        j = self.column_interval[np.minimum(column, len(self.column_interval) - 1).astype(np.int64)].astype(np.int64)
+        return j, np.maximum((column - self.sparse.columns[j]) * self.column_scale[j], 0.0)
+
+
+def dense_surface(sparse: Surface) -> DenseSurface:
+    """The tabulated form of `sparse`; intervals between fractional knots are found to the whole number below."""
+    return DenseSurface(
+        sparse,
+        _intervals(sparse.rows),
+        _intervals(sparse.columns),
+        1.0 / np.diff(sparse.rows),
+        1.0 / np.diff(sparse.columns),
+    )
+
+
+def _intervals(knots: FloatArray) -> IntervalArray:
+    """The interval between knots that each whole number lies in, up to the last knot or `LONGEST`."""
+    starts = np.minimum(np.ceil(knots), LONGEST).astype(np.int64)
+    starts[0] = 0
+    lengths = np.diff(starts)
+    return np.repeat(np.arange(len(lengths), dtype=np.int16), lengths)
+
+
+def _locate(knots: FloatArray, at: FloatArray) -> tuple[IntArray, FloatArray]:
     """Index of the interval of each element and the position in it, clipped below, held linear above."""
     index = np.clip(np.searchsorted(knots, at, side="right") - 1, 0, len(knots) - 2)
     left = knots[index]
@@ -137,8 +227,8 @@ def surface(
 ) -> Surface:
     """A surface through scattered (row, column, milliseconds) points of a ragged grid.
 
-    Missing cells are filled by held utilisation: the measured time of the nearest cell (in log distance; the same column or
-    row for most) times the ratio of the speeds of light. Knots beyond the last ones are added likewise.
+    Missing cells are filled by held utilisation: the measured time of the nearest cell (in log distance; of the same
+    column or row for most) times the ratio of the speeds of light. Knots beyond the last ones are added likewise.
     """
     row, column, y = points
     require(len(row) > 0, "a surface needs at least one measured point; the table holds none")

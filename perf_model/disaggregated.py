@@ -13,7 +13,7 @@ import numpy as np
 
 from perf_model.latency import Latency
 from perf_model.numeric import FloatArray
-from perf_model.phases import StepTimes, decode_step_ms, prefill_added_ms
+from perf_model.phases import StepTimes, decode_step_ms, prefill
 from perf_model.serving import ServingEstimate, prefill_stage_ms
 
 _ITERATIONS = 12
@@ -57,9 +57,9 @@ class _State:
     rate: FloatArray  # requests per ms
 
 
-def disaggregated(prefill: StepTimes, decode: StepTimes, load: PairLoad) -> ServingEstimate:
+def disaggregated(prefill_steps: StepTimes, decode: StepTimes, load: PairLoad) -> ServingEstimate:
     """The deployment as a whole; `requests_per_s` counts all of its replicas."""
-    service = prefill_service_ms(prefill, load)
+    service = prefill_service_ms(prefill_steps, load)
     capacity = _capacity(decode, load, service)
     closed = _closed_state(decode, load, service, load.users)
     rate = np.where(load.rate_per_s > 0, np.minimum(load.rate_per_s / 1e3, _FULL * capacity), closed.rate)
@@ -74,14 +74,20 @@ def disaggregated(prefill: StepTimes, decode: StepTimes, load: PairLoad) -> Serv
     return _estimate(load, state, capacity)
 
 
-def prefill_service_ms(prefill: StepTimes, load: PairLoad) -> FloatArray:
+def prefill_service_ms(steps: StepTimes, load: PairLoad) -> FloatArray:
     """Time that one prompt occupies a prefill rank, sending its KV cache included."""
     new = np.maximum(load.isl - load.cached, 1.0)
     zero = np.zeros_like(new)
-    alone = prefill_added_ms(
-        prefill, tokens=new, cached=load.cached, room=load.token_budget, decode_seqs=zero, decode_context=zero
+    alone = prefill(
+        steps,
+        tokens=new,
+        cached=load.cached,
+        room=load.token_budget,
+        decode_seqs=zero,
+        decode_context=zero,
+        decode_ms=zero,
     )
-    return alone + load.send_ms
+    return alone.added_ms + load.send_ms
 
 
 def _decode_ms(decode: StepTimes, load: PairLoad, seqs: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -22,9 +23,11 @@ class StepTimes(Protocol):
         ...
 
 
-def decode_step_ms(steps: StepTimes, seqs: FloatArray, context: FloatArray) -> FloatArray:
-    """A step in which `seqs` sequences decode one token each at a mean context of `context` tokens."""
-    return steps.step_ms(step_batch(decode_seqs=seqs, decode_context=context))
+def decode_step_ms(
+    steps: StepTimes, seqs: FloatArray, context: FloatArray, width: FloatArray | float = 1.0
+) -> FloatArray:
+    """A step in which `seqs` sequences decode at a mean context of `context` tokens, `width` tokens each."""
+    return steps.step_ms(step_batch(decode_seqs=seqs, decode_context=context, decode_width=width))
 
 
 def chunks(tokens: FloatArray, room: FloatArray) -> FloatArray:
@@ -32,7 +35,15 @@ def chunks(tokens: FloatArray, room: FloatArray) -> FloatArray:
     return np.maximum(np.ceil(tokens / np.maximum(room, 1.0)), 1.0)
 
 
-def prefill_added_ms(
+@dataclass(frozen=True, kw_only=True)
+class Prefill:
+    """Prefill of one prompt: its `pieces` chunks and what all of them add to the steps that they ride on."""
+
+    pieces: FloatArray
+    added_ms: FloatArray
+
+
+def prefill(  # noqa: PLR0913 - the prompt and the decodes that it rides on, each by keyword
     steps: StepTimes,
     *,
     tokens: FloatArray,
@@ -40,10 +51,12 @@ def prefill_added_ms(
     room: FloatArray,
     decode_seqs: FloatArray,
     decode_context: FloatArray,
-) -> FloatArray:
-    """What the prefill of one prompt adds to the decode steps it rides on, in milliseconds, all chunks together.
+    decode_ms: FloatArray,
+    decode_width: FloatArray | float = 1.0,
+) -> Prefill:
+    """Prefill of a prompt of `tokens` new tokens after `cached` ones, in equal chunks of at most `room` tokens.
 
-    The prompt's `tokens` new tokens come after `cached` ones, in equal chunks of at most `room` tokens.
+    The chunks ride on steps in which `decode_seqs` sequences decode at `decode_context`, which take `decode_ms` alone.
     """
     pieces = chunks(tokens, room)
     size = tokens / pieces
@@ -55,6 +68,7 @@ def prefill_added_ms(
             cached=cached,
             decode_seqs=decode_seqs,
             decode_context=decode_context,
+            decode_width=decode_width,
         )
     )
-    return np.maximum(pieces * (mixed - decode_step_ms(steps, decode_seqs, decode_context)), 1e-6)
+    return Prefill(pieces=pieces, added_ms=np.maximum(pieces * (mixed - decode_ms), 1e-6))

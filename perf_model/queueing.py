@@ -40,7 +40,7 @@ from numpy.typing import ArrayLike
 from perf_model.numeric import BoolArray, FloatArray, floats
 from search_spaces.errors import InvalidValueError, require
 
-_LOCKSTEP = 0.15  # of later waves that meet as a first wave where an engine mixes and lengths are equal
+_LOCKSTEP = 0.05  # of later waves that meet as a first wave where an engine mixes and lengths are equal
 _SOME = 0.01  # prompts, or ms: below it a difference is none
 _BISECTIONS = 30
 _MATCHING = 12
@@ -265,7 +265,8 @@ def closed_loop(work: Load, times: StepTimes) -> Serving:
     running, per_step = work.running, work.running / work.osl
     in_step = np.where(work.mixes, 0.0, _in_step(work))
     met = np.where(work.ranks > 1.0, np.maximum(per_step, -np.expm1(-work.ranks * per_step)), per_step)
-    added = met * prefill.added_ms * (1.0 - in_step)
+    behind = (prefill.wave_steps - 1.0) / 2.0 * prefill.full_ms / work.osl
+    added = in_step * behind + (1.0 - in_step) * met * prefill.added_ms
     tpot = times.decode_ms + added
     rho = np.clip(added / tpot, 0.0, 1.0)
     company = np.minimum(per_step * work.poll_steps, running) / 2.0 + rho**2 * (1.0 - 1.0 / running)

@@ -20,9 +20,9 @@ import numpy as np
 
 from perf_model.latency import Distribution, Latency, TwoPoint
 from perf_model.numeric import BoolArray, FloatArray
-from perf_model.phases import StepTimes, chunks, decode_step_ms, prefill_added_ms
+from perf_model.phases import StepTimes, decode_step_ms, prefill
 
-_ITERATIONS = 8
+_ITERATIONS = 6
 _FULL = 0.999  # highest utilisation that an open loop can hold in steady state
 
 
@@ -34,7 +34,8 @@ class RankLoad:
     where closed). `slots` sequences run together, a step computes at most `token_budget` tokens, and `cached` of the
     `isl` prompt tokens come from the prefix cache. `request_ms` passes before prefill. The run has `run_requests`
     requests, of which `burst_share` were sent when all users started at once. The scheduler admits requests every
-    `admission_steps` steps and sends tokens in packets of `stream_tokens`.
+    `admission_steps` steps and sends tokens in packets of `stream_tokens`. With speculative decoding a decode step
+    yields `accepted` tokens of a sequence on average and checks `drafted` more than one.
     """
 
     users: FloatArray
@@ -49,11 +50,18 @@ class RankLoad:
     burst_share: FloatArray
     admission_steps: FloatArray | float = 1.0
     stream_tokens: FloatArray | float = 1.0
+    accepted: FloatArray | float = 1.0
+    drafted: FloatArray | float = 0.0
 
     @property
     def new_tokens(self) -> FloatArray:
         """Prompt tokens that must be computed, at least one."""
         return np.maximum(self.isl - self.cached, 1.0)
+
+    @property
+    def decode_steps(self) -> FloatArray:
+        """Decode steps of a request."""
+        return np.maximum(self.osl - 1.0, 1.0) / self.accepted
 
     @property
     def mean_context(self) -> FloatArray:
@@ -111,17 +119,25 @@ def aggregated(steps: StepTimes, load: RankLoad) -> ServingEstimate:
 
 def _times(steps: StepTimes, load: RankLoad, seqs: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Decode step, milliseconds that a prefill adds, and its chunks, with `seqs` sequences decoding."""
-    room = np.maximum(load.token_budget - seqs, 1.0)
-    step = decode_step_ms(steps, np.maximum(seqs, 1.0), load.mean_context)
-    added = prefill_added_ms(
-        steps, tokens=load.new_tokens, cached=load.cached, room=room, decode_seqs=seqs, decode_context=load.mean_context
+    decoding = np.maximum(seqs, 1.0)
+    width = 1.0 + load.drafted
+    step = decode_step_ms(steps, decoding, load.mean_context, width)
+    first = prefill(
+        steps,
+        tokens=load.new_tokens,
+        cached=load.cached,
+        room=np.maximum(load.token_budget - decoding * width, 1.0),
+        decode_seqs=decoding,
+        decode_context=load.mean_context,
+        decode_ms=step,
+        decode_width=width,
     )
-    return step, added, chunks(load.new_tokens, room)
+    return step, first.added_ms, first.pieces
 
 
 def _closed_cycle(steps: StepTimes, load: RankLoad) -> _Cycle:
     running = np.clip(load.users, 1.0, load.slots)
-    tokens = np.maximum(load.osl - 1.0, 1.0)
+    tokens = load.decode_steps
     seqs = running
     step, added, pieces = _times(steps, load, seqs)
     cycle_steps = tokens + pieces
@@ -176,15 +192,16 @@ def _estimate(
         wait_share=share,
         wait_mean=queue / share,
     )
-    interference = np.maximum(tpot - cycle.step_ms, 0.0)
-    long_step = cycle.step_ms + cycle.added_ms / cycle.pieces
-    long_share = np.clip(interference / np.maximum(long_step - cycle.step_ms, 1e-9), 0.0, 1.0)
+    short = cycle.step_ms / load.accepted
+    interference = np.maximum(tpot - short, 0.0)
+    long_step = short + cycle.added_ms / cycle.pieces
+    long_share = np.clip(interference / np.maximum(long_step - short, 1e-9), 0.0, 1.0)
     zeros = np.zeros_like(tpot)
     spread = interference * np.sqrt(np.maximum(1.0 - long_share, 0.0) / np.maximum(long_share * tokens, 1.0))
     return ServingEstimate(
         ttft=ttft,
         tpot=Latency(base=np.maximum(tpot - spread, 1e-6), width=2.0 * spread, wait_share=zeros, wait_mean=zeros),
-        itl=TwoPoint(short=np.minimum(cycle.step_ms, tpot), long=long_step, long_share=long_share),
+        itl=TwoPoint(short=np.minimum(short, tpot), long=long_step, long_share=long_share),
         requests_per_s=requests_per_s,
         decode_seqs=cycle.decode_seqs,
         prefill_share=np.clip(interference / tpot, 0.0, 1.0),
@@ -196,7 +213,7 @@ def _estimate(
 def _open(steps: StepTimes, load: RankLoad) -> ServingEstimate:
     """Poisson (or steady) arrivals; where they outrun the rank, the backlog of a run of `run_requests` requests."""
     rate = load.rate_per_s / 1e3  # requests per ms
-    tokens = np.maximum(load.osl - 1.0, 1.0)
+    tokens = load.decode_steps
     seqs = np.ones_like(rate)
     for _ in range(2 * _ITERATIONS):
         step, added, pieces = _times(steps, load, seqs)

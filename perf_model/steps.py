@@ -10,9 +10,9 @@ import numpy as np
 
 from perf_model.batch import StepBatch
 from perf_model.costs import OperationCosts
-from perf_model.curves import Curve, Origin, Surface, total
+from perf_model.curves import DenseCurve, DenseSurface, Origin, dense, dense_surface, total
 from perf_model.layout import StepPlan
-from perf_model.numeric import FloatArray
+from perf_model.numeric import BoolArray, FloatArray, floats
 from perf_model.operations import (
     AttentionOperation,
     Concurrent,
@@ -62,21 +62,21 @@ class TableSteps:
         return _phase(self.plan.decode)
 
     @cached_property
-    def _curves(self) -> dict[str, Curve]:
+    def _curves(self) -> dict[str, DenseCurve]:
         curve = self.costs.token_curve
         return {
-            "prefill tokens": total([curve(op) for op in self._prefill.tokens]),
-            "decode tokens": total([curve(op) for op in self._decode.tokens]),
-            "outputs": total([curve(op) for op in self._decode.outputs]),
+            "prefill tokens": dense(total([curve(op) for op in self._prefill.tokens])),
+            "decode tokens": dense(total([curve(op) for op in self._decode.tokens])),
+            "outputs": dense(total([curve(op) for op in self._decode.outputs])),
         }
 
     @cached_property
-    def _prefill_surfaces(self) -> list[tuple[AttentionOperation, Surface]]:
-        return [(op, self.costs.surface(op, decode=False)) for op in self._prefill.attention]
+    def _prefill_surfaces(self) -> list[tuple[AttentionOperation, DenseSurface]]:
+        return [(op, dense_surface(self.costs.surface(op, decode=False))) for op in self._prefill.attention]
 
     @cached_property
-    def _decode_surfaces(self) -> list[tuple[AttentionOperation, Surface]]:
-        return [(op, self.costs.surface(op, decode=True)) for op in self._decode.attention]
+    def _decode_surfaces(self) -> list[tuple[AttentionOperation, DenseSurface]]:
+        return [(op, dense_surface(self.costs.surface(op, decode=True))) for op in self._decode.attention]
 
     def step_ms(self, batch: StepBatch) -> FloatArray:
         """Duration of each step, in milliseconds; nothing to do takes no time."""
@@ -95,11 +95,11 @@ class TableSteps:
 
     def _prefill_attention(self, batch: StepBatch) -> FloatArray:
         parts = [op.count * prefill_time(op, surface, batch) for op, surface in self._prefill_surfaces]
-        return np.sum(parts, axis=0)
+        return floats(np.sum(parts, axis=0))
 
-    def _decode_attention(self, batch: StepBatch, mixed: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> FloatArray:
+    def _decode_attention(self, batch: StepBatch, mixed: BoolArray) -> FloatArray:
         parts = [op.count * decode_time(op, surface, batch, mixed) for op, surface in self._decode_surfaces]
-        return np.sum(parts, axis=0) * (batch.decode_seqs > 0)
+        return floats(np.sum(parts, axis=0) * (batch.decode_seqs > 0))
 
     def breakdown_ms(self, batch: StepBatch) -> dict[str, FloatArray]:
         """Milliseconds by operation; they add up to `step_ms`."""
@@ -120,43 +120,47 @@ class TableSteps:
 
     def origins(self, batch: StepBatch) -> dict[Origin, float]:
         """Share of the time of a single step (arrays of one element) by where it comes from."""
-        mixed = bool(batch.prefill_tokens.flat[0] > 0)
-        tokens, outputs = float(batch.tokens.flat[0]), float(batch.outputs.flat[0])
-        parts: list[tuple[Origin, float]] = []
-        phase = self._prefill if mixed else self._decode
-        for op, at in [(op, tokens) for op in phase.tokens] + [(op, outputs) for op in self._decode.outputs]:
-            found = self.costs.token_curve(op)
-            parts.append((found.origin_at(at), float(found(np.array(at)))))
-        for op, surface in self._prefill_surfaces if mixed else ():
+        mixed = batch.prefill_tokens > 0
+        parts = self._token_origins(batch)
+        for op, surface in self._prefill_surfaces if mixed.flat[0] else ():
             time = float(op.count * prefill_time(op, surface, batch).flat[0])
-            parts.append((surface.origin_at(float(batch.prefill_seqs.flat[0]), float(batch.prompt.flat[0])), time))
+            origin = surface.sparse.origin_at(float(batch.prefill_seqs.flat[0]), float(batch.prompt.flat[0]))
+            parts.append((origin, time))
         for op, surface in self._decode_surfaces if batch.decode_seqs.flat[0] > 0 else ():
-            time = float(op.count * decode_time(op, surface, batch, batch.prefill_tokens > 0).flat[0])
-            at_seqs, at_context = float(batch.decode_seqs.flat[0]), float(batch.decode_context.flat[0])
-            parts.append((surface.origin_at(at_seqs, at_context), time))
+            time = float(op.count * decode_time(op, surface, batch, mixed).flat[0])
+            origin = surface.sparse.origin_at(float(batch.decode_seqs.flat[0]), float(batch.decode_context.flat[0]))
+            parts.append((origin, time))
         whole = sum(time for _, time in parts)
-        return {origin: sum(t for o, t in parts if o is origin) / whole for origin in Origin}
+        return {origin: sum(time for found, time in parts if found is origin) / whole for origin in Origin}
+
+    def _token_origins(self, batch: StepBatch) -> list[tuple[Origin, float]]:
+        phase = self._prefill if batch.prefill_tokens.flat[0] > 0 else self._decode
+        tokens, outputs = float(batch.tokens.flat[0]), float(batch.outputs.flat[0])
+        counted = [(op, tokens) for op in phase.tokens] + [(op, outputs) for op in self._decode.outputs]
+        found = [(self.costs.token_curve(op), at) for op, at in counted]
+        return [(curve.origin_at(at), float(curve(np.array(at)))) for curve, at in found]
 
 
-def prefill_time(op: AttentionOperation, surface: Surface, batch: StepBatch) -> FloatArray:
+def prefill_time(op: AttentionOperation, surface: DenseSurface, batch: StepBatch) -> FloatArray:
     """One layer's attention to the step's prompt tokens.
 
     The surface knows whole prompts. Of a prompt with `cached` tokens, what remains is 1 - (cached / prompt)^2 of the
-    query-key pairs (a linear share where attention or its projections dominate linearly), and a step of a chunked prefill
+    query-key pairs (a linear share where projections or linear attention dominate), and a step of a chunked prefill
     computes its share of that.
     """
-    whole = surface(np.maximum(batch.prefill_seqs, 1.0), batch.prompt)
-    remaining = batch.cached / np.maximum(batch.prompt, 1.0)
-    if isinstance(op, SelfAttention | LatentKernel):
-        remaining = remaining**2
-    return whole * (1.0 - remaining) * batch.prompt_share
+    alone = bool(np.all(batch.prefill_seqs <= 1.0))
+    whole = surface.one(batch.prompt) if alone else surface(np.maximum(batch.prefill_seqs, 1.0), batch.prompt)
+    if np.any(batch.cached > 0):
+        remaining = batch.cached / np.maximum(batch.prompt, 1.0)
+        whole = whole * (1.0 - (remaining**2 if isinstance(op, SelfAttention | LatentKernel) else remaining))
+    return whole * batch.prompt_share
 
 
 def decode_time(
     op: AttentionOperation,
-    surface: Surface,
+    surface: DenseSurface,
     batch: StepBatch,
-    mixed: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
+    mixed: BoolArray,
 ) -> FloatArray:
     """One layer's attention of the decoding sequences.
 

@@ -66,7 +66,9 @@ def read_system(root: Path, name: str) -> GpuSystem:
         name=name,
         memory_bytes=float(gpu["mem_capacity"]),
         memory_bandwidth=float(gpu["mem_bw"]),
-        flops={short: float(gpu[f"{long}_tc_flops"]) for short, long in precisions.items() if f"{long}_tc_flops" in gpu},
+        flops={
+            short: float(gpu[f"{long}_tc_flops"]) for short, long in precisions.items() if f"{long}_tc_flops" in gpu
+        },
         memory_efficiency=float(gpu.get("mem_bw_empirical_scaling_factor", 0.8)),
         launch_s=float(gpu.get("mem_empirical_constant_latency", 3e-6)),
         gpus_per_node=int(node["num_gpus_per_node"]),

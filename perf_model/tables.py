@@ -163,7 +163,7 @@ def load(path: Path) -> Table:
 
 def read_parquet(path: Path) -> Table:
     """The table in `path`, dimension columns and latency; constant text that no query needs is left out."""
-    import pyarrow.parquet as parquet
+    from pyarrow import parquet
 
     frame = parquet.read_table(path)
     columns: dict[str, NDArray[np.generic]] = {}
@@ -206,6 +206,9 @@ def _read_cache(path: Path, origin: Path) -> Table:
 
 def first_rows(table: Table, keys: Sequence[str]) -> Table:
     """The first row of each combination of `keys`, sorted by them."""
-    stacked = np.stack([table.columns[key] for key in keys])
-    _, rows = np.unique(stacked, axis=1, return_index=True)
-    return table.take(rows.astype(np.int64))
+    columns = [table.columns[key] for key in keys]
+    order = np.lexsort(columns[::-1])  # stable: the first of equal rows stays first
+    new = np.ones(len(order), dtype=bool)
+    if len(order):
+        new[1:] = np.any([column[order][1:] != column[order][:-1] for column in columns], axis=0)
+    return table.take(order[new])

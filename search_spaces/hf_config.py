@@ -159,7 +159,8 @@ def _layers(config: Config, family: str, name: str) -> tuple[LayerGroup, ...]:
 def _grouped_query(config: Config, name: str, window: int | None) -> Attention:
     heads = _integer(config, "num_attention_heads", name)
     full = window is None
-    kv_heads = (config.get("num_global_key_value_heads") if full else None) or config.get("num_key_value_heads") or heads
+    global_heads = config.get("num_global_key_value_heads") if full else None
+    kv_heads = global_heads or config.get("num_key_value_heads") or heads
     head_dim = (config.get("global_head_dim") if full else None) or config.get("head_dim")
     model_type = str(config.get("model_type", ""))
     return Attention(

@@ -1,0 +1,122 @@
+"""What an engine adds to the kernels of a step on GPUs: host launches, scheduling and the admission of requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from perf_model.batch import StepBatch
+from perf_model.curves import Origin
+from perf_model.numeric import FloatArray
+from perf_model.steps import TableSteps
+from search_spaces.errors import InvalidValueError
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostTraits:
+    """Constants of an engine on GPUs.
+
+    A decode step takes `decode_factor` times its kernels, plus `step_ms`, plus `layer_ms` for each layer and
+    `sequence_ms` for each sequence. A step with prompt tokens takes `prefill_factor` times its kernels plus `step_ms`,
+    `prefill_layer_ms` for each layer and `sequence_ms` for each sequence, and never less than the decode step alone.
+    `request_ms` passes between sending a request and its being queued, and between its first token and the client.
+    A queued request is admitted every `admission_steps` steps, on average after half of them (`busy_admission_steps`
+    from `busy_users` requests in flight). `memory_share` of the GPU's memory may be used; a step computes
+    `token_budget` tokens.
+    """
+
+    decode_factor: float
+    prefill_factor: float
+    step_ms: float
+    layer_ms: float
+    prefill_layer_ms: float
+    sequence_ms: float
+    request_ms: float
+    admission_steps: float
+    busy_admission_steps: float
+    busy_users: float = 16.0
+    memory_share: float = 0.92
+    token_budget: float = 8192.0
+
+    def admission(self, users: FloatArray) -> FloatArray:
+        """Steps between admissions, by requests in flight on the replica."""
+        return np.where(users >= self.busy_users, self.busy_admission_steps, self.admission_steps)
+
+
+# Fitted to the public measured runs of `silicon/measured_serving.csv` by `benchmarks/fit_hosts.py`, which prints them.
+# SGLang's long admission intervals are real: the public recipes set --scheduler-recv-interval to 10, and to 30 from 16
+# requests in flight. TensorRT-LLM's decode runs faster than the sum of its kernels, since dependent launches overlap.
+HOSTS: dict[str, HostTraits] = {
+    "vllm": HostTraits(
+        decode_factor=1.06,
+        prefill_factor=0.92,
+        step_ms=0.77,
+        layer_ms=0.003,
+        prefill_layer_ms=0.08,
+        sequence_ms=0.0,
+        request_ms=37.0,
+        admission_steps=3.0,
+        busy_admission_steps=1.0,
+    ),
+    "sglang": HostTraits(
+        decode_factor=0.98,
+        prefill_factor=1.38,
+        step_ms=1.2,
+        layer_ms=0.03,
+        prefill_layer_ms=0.0,
+        sequence_ms=0.0,
+        request_ms=100.0,
+        admission_steps=16.0,
+        busy_admission_steps=29.0,
+    ),
+    "trtllm": HostTraits(
+        decode_factor=0.81,
+        prefill_factor=1.10,
+        step_ms=0.0,
+        layer_ms=0.0,
+        prefill_layer_ms=0.0,
+        sequence_ms=0.011,
+        request_ms=59.0,
+        admission_steps=10.0,
+        busy_admission_steps=4.6,
+    ),
+}
+
+
+def host_traits(engine: str) -> HostTraits:
+    """Constants of `engine`; raises `InvalidValueError` with the known names."""
+    if engine not in HOSTS:
+        raise InvalidValueError(f"no GPU traits for engine {engine!r}; known are {', '.join(HOSTS)}")
+    return HOSTS[engine]
+
+
+@dataclass(frozen=True)
+class HostedSteps:
+    """Step times of an engine: its kernels from tables, and what its host adds."""
+
+    kernels: TableSteps
+    traits: HostTraits
+    layers: int
+
+    def step_ms(self, batch: StepBatch) -> FloatArray:
+        """Duration of each step, in milliseconds; nothing to do takes no time."""
+        kernels = self.kernels.step_ms(batch)
+        traits = self.traits
+        mixed = batch.prefill_tokens > 0
+        decode = kernels * traits.decode_factor + (traits.step_ms + self.layers * traits.layer_ms)
+        if not mixed.any():
+            return np.where(batch.tokens > 0, decode + traits.sequence_ms * batch.decode_seqs, 0.0)
+        fixed = traits.step_ms + self.layers * traits.prefill_layer_ms
+        prefill = np.maximum(kernels * traits.prefill_factor + fixed, decode)
+        time = np.where(mixed, prefill, decode) + traits.sequence_ms * batch.decode_seqs
+        return np.where(batch.tokens > 0, time, 0.0)
+
+    def breakdown_ms(self, batch: StepBatch) -> dict[str, FloatArray]:
+        """Milliseconds by operation, and of the host (negative where launches overlap); they add up to `step_ms`."""
+        parts = self.kernels.breakdown_ms(batch)
+        return parts | {"host": self.step_ms(batch) - self.kernels.step_ms(batch)}
+
+    def origins(self, batch: StepBatch) -> dict[Origin, float]:
+        """Share of the kernels' time of a single step by where it comes from."""
+        return self.kernels.origins(batch)

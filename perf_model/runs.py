@@ -1,0 +1,194 @@
+"""Measured serving runs from a CSV file, and what is known of how they were made.
+
+The columns are those of the public file of runs (id, model, system, engine, precision, mode, isl, osl, concurrency,
+ttft_ms, tpot_ms, parallel sizes, for disaggregated runs by role). Empty cells are allowed; a row that cannot do without
+them says so.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from perf_model.layout import ReplicaLayout
+from perf_model.precision import Precision
+from search_spaces.errors import InvalidValueError
+from search_spaces.known_models import known_model
+from search_spaces.model import LatentAttention, ModelSpec
+from search_spaces.serving import Mode
+
+NEEDED = ("id", "model", "system", "engine", "mode", "isl", "osl", "ttft_ms", "tpot_ms")
+LENGTH_SHARE = 0.9  # lengths were drawn evenly between 80% and 100% of isl and osl
+BURST_SHARE = 0.1  # a run of ten requests for each user starts with one of each user at once
+WORDS_OF_PRECISION = {"nvfp4": "fp4", "fp8": "fp8", "fp8_block": "fp8", "bfloat16": "bf16", "int4_wo": "int4"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPool:
+    """One role of a run: its layout and, for disaggregated runs, its replicas."""
+
+    layout: ReplicaLayout
+    replicas: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One measured run. `pools` holds one pool, or the prefill and the decode pool."""
+
+    id: str
+    model: ModelSpec
+    model_name: str
+    system: str
+    engine: str
+    engine_version: str
+    precision: Precision
+    mode: Mode
+    isl: float
+    osl: float
+    concurrency: float
+    pools: tuple[RunPool, ...]
+    stream_tokens: float
+    ttft_ms: float
+    tpot_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unpredictable:
+    """A row that cannot be predicted, and why."""
+
+    id: str
+    mode: str
+    reason: str
+
+
+def read_runs(path: Path) -> list[Run | Unpredictable]:
+    """Every row of `path`, in order; raises `InvalidValueError` for a file without the needed columns."""
+    if not path.is_file():
+        raise InvalidValueError(f"{path} is no file; give a CSV file of measured runs")
+    with path.open(encoding="utf-8", newline="") as stream:
+        reader = csv.DictReader(stream)
+        missing = [name for name in NEEDED if name not in (reader.fieldnames or ())]
+        if missing:
+            raise InvalidValueError(f"{path} lacks the columns {', '.join(missing)}; needed are {', '.join(NEEDED)}")
+        return [_run(row) for row in reader]
+
+
+def _run(row: Mapping[str, str]) -> Run | Unpredictable:
+    mode = Mode.DISAGGREGATED if row["mode"].startswith("disagg") else Mode.AGGREGATED
+    try:
+        model = known_model(row["model"])
+        pools = _pools(row, mode)
+        precision = run_precision(row, model)
+        concurrency = _concurrency(row, mode)
+    except InvalidValueError as error:
+        return Unpredictable(id=row["id"], mode=mode.value, reason=str(error))
+    return Run(
+        id=row["id"],
+        model=model,
+        model_name=row["model"],
+        system=row["system"],
+        engine=row["engine"],
+        engine_version=row.get("engine_version", ""),
+        precision=precision,
+        mode=mode,
+        isl=float(row["isl"]),
+        osl=float(row["osl"]),
+        concurrency=concurrency,
+        pools=pools,
+        stream_tokens=_stream_tokens(row, pools[0].layout, mode),
+        ttft_ms=_number(row, "ttft_ms"),
+        tpot_ms=_number(row, "tpot_ms"),
+    )
+
+
+def _number(row: Mapping[str, str], name: str) -> float:
+    """A number, NaN for an empty cell."""
+    text = (row.get(name) or "").strip()
+    return float(text) if text else math.nan
+
+
+def _size(row: Mapping[str, str], name: str) -> int:
+    """A parallel size, 1 where the cell is empty or 0."""
+    value = _number(row, name)
+    return 1 if math.isnan(value) else max(int(value), 1)
+
+
+def _concurrency(row: Mapping[str, str], mode: Mode) -> float:
+    value = _number(row, "concurrency")
+    if not math.isnan(value):
+        return value
+    batch = _number(row, "batch_size")
+    if mode is Mode.DISAGGREGATED or math.isnan(batch):
+        raise InvalidValueError("concurrency and batch_size are empty; fill one in")
+    return batch * _size(row, "attention_dp_size") * _size(row, "pp_size")
+
+
+def _pools(row: Mapping[str, str], mode: Mode) -> tuple[RunPool, ...]:
+    if mode is Mode.AGGREGATED:
+        return (RunPool(layout=run_layout(row, "")),)
+    pools = []
+    for role in ("prefill_", "decode_"):
+        workers = _number(row, f"{role}num_workers")
+        if math.isnan(workers) or workers < 1:
+            raise InvalidValueError(f"{role}num_workers is empty; fill it in")
+        pools.append(RunPool(layout=run_layout(row, role), replicas=int(workers)))
+    return tuple(pools)
+
+
+def run_layout(row: Mapping[str, str], role: str) -> ReplicaLayout:
+    """The layout behind a row's sizes.
+
+    Some rows of the public file hold products in place of sizes: where expert tensor and expert parallel sizes are
+    equal and their product is tp * dp, the GPUs are as many as either; and tp = dp with ep = tp * dp means attention data
+    parallelism over that many GPUs. Rows of the same runs written plainly have the same TTFT and TPOT.
+    """
+    tp, pp, dp = (_size(row, f"{role}{name}") for name in ("tp_size", "pp_size", "attention_dp_size"))
+    moe_tp, ep = (_size(row, f"{role}{name}") for name in ("moe_tp_size", "moe_ep_size"))
+    ranks = tp * dp
+    if moe_tp == ep > 1 and moe_tp * ep == ranks:
+        return ReplicaLayout(tp=1 if dp > 1 else ep, pp=pp, dp=ep if dp > 1 else 1, ep=ep)
+    if tp == dp > 1 and ep == ranks:
+        return ReplicaLayout(tp=1, pp=pp, dp=dp, ep=dp)
+    return ReplicaLayout(tp=tp, pp=pp, dp=dp, ep=ep if ranks % ep == 0 else 1)
+
+
+def run_precision(row: Mapping[str, str], model: ModelSpec) -> Precision:
+    """Formats of a run: those of its precision and, where the row is silent, of the usual recipes.
+
+    The cache is fp8 with fp8 and fp4 weights, but bf16 with SGLang on Hopper GPUs and with vLLM on H100, as the
+    capacity seen in saturated runs tells.
+    """
+    word = (row.get("precision") or "").strip()
+    word = word or WORDS_OF_PRECISION.get((row.get("gemm_quant_mode") or "").strip(), "bf16")
+    formats = _formats(word, model)
+    hopper = row["system"].startswith("h")
+    plain_cache = (row["engine"] == "sglang" and hopper) or (row["engine"] == "vllm" and row["system"] == "h100_sxm")
+    return replace(formats, cache="bfloat16") if plain_cache else formats
+
+
+def _formats(word: str, model: ModelSpec) -> Precision:
+    latent = any(isinstance(group.attention, LatentAttention) for group in model.layers)
+    if word == "fp8":
+        block = "fp8" if model.quantization in {"", "fp8"} and not model.expert_parameters else "fp8_block"
+        return Precision(gemm=block, projections=block, moe=block, cache="fp8")
+    if word == "fp4" and model.quantization == "mxfp4":
+        return Precision(moe="w4a16_mxfp4", cache="fp8")
+    if word == "fp4":
+        return Precision(gemm="nvfp4", projections="bfloat16" if latent else "nvfp4", moe="nvfp4", cache="fp8")
+    if word == "int4":
+        return Precision(moe="int4_wo")
+    if word in {"bf16", "fp16"}:
+        return Precision()
+    raise InvalidValueError(f"precision {word!r} is unknown; choose bf16, fp8, fp4 or int4")
+
+
+def _stream_tokens(row: Mapping[str, str], layout: ReplicaLayout, mode: Mode) -> float:
+    """Tokens in a packet of the answer: 20 in TensorRT-LLM's recipe for Llama 70B at 1024/1024 on fewer than 8 GPUs.
+
+    The TTFT of those runs, and of no others, exceeds that of the same model at other lengths by 20 TPOT at every load.
+    """
+    dense_recipe = row["engine"] == "trtllm" and row["model"].endswith("Llama-3.1-70B") and mode is Mode.AGGREGATED
+    return 20.0 if dense_recipe and (row["isl"], row["osl"]) == ("1024", "1024") and layout.tp < 8 else 1.0

@@ -1,0 +1,1 @@
+"""Dimensions of known models, one file each."""

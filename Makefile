@@ -9,15 +9,13 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 PYTEST_ARGS ?=
 
 .PHONY: demo test lint lock clean check-python
 
 demo: $(VENV)/.installed
 	$(BIN)/tuner study run examples/quickstart.yaml
-	@echo
-	@$(BIN)/tuner study pareto quickstart
 	@echo
 	@echo "Next:  $(BIN)/tuner study show quickstart          what was measured, what failed, how good the model is"
 	@echo "       $(BIN)/tuner study pareto quickstart --json every metric of the front"
@@ -55,12 +53,12 @@ $(VENV)/bin/python: | check-python
 # A stamp is older than the file that changed, so an update installs again. The developers' set holds the users'.
 $(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/python
 	@echo "Installing pinned dependencies into $(VENV) (about a minute) ..."
-	$(PIP) install -r requirements.lock
-	$(PIP) install --no-deps -e .
+	@$(PIP) install -r requirements.lock
+	@$(PIP) install --no-deps -e .
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.lock pyproject.toml | $(VENV)/bin/python
 	@echo "Installing pinned dependencies into $(VENV) (one to two minutes) ..."
-	$(PIP) install -r requirements-dev.lock
-	$(PIP) install --no-deps -e .
+	@$(PIP) install -r requirements-dev.lock
+	@$(PIP) install --no-deps -e .
 	@touch $@ $(VENV)/.installed

@@ -15,11 +15,6 @@ from tuner.places import Place
 class Cluster(Protocol):
     """Nodes that were joined or started."""
 
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What the user should know of the nodes."""
-        ...
-
     def measure(self, pool: NodePool) -> Device:
         """What one device of `pool` can do, measured on a node of it."""
         ...

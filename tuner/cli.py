@@ -168,6 +168,7 @@ def dashboard(
 
 def _run(study: StudyFile, place: Place, *, address: str | None, as_json: bool, no_progress: bool) -> None:
     """Run `study`, show its front, and exit with 130 or 143 where it was interrupted."""
+    from tuner.log import warnings_to
     from tuner.progress import LineProgress, LiveProgress
     from tuner.session import run_study
     from tuner.signals import StopRequest
@@ -177,7 +178,7 @@ def _run(study: StudyFile, place: Place, *, address: str | None, as_json: bool, 
     console = _console(stderr=True)
     view = LiveProgress if console.is_terminal and not no_progress else LineProgress
     try:
-        with view(console) as observer:
+        with view(console) as observer, warnings_to(observer.note):
             ended = run_study(study, place, connect=connector(address), stop=stop, observer=observer)
     except KeyboardInterrupt:
         _say_interrupted(study)
@@ -239,7 +240,7 @@ def _report(name: str, storage: str | None) -> StudyReport:
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    return Console(stderr=stderr, markup=False, highlight=False)
 
 
 def _print(tree: object) -> None:

@@ -175,5 +175,5 @@ def _best_table(report: StudyReport) -> RenderableType:
     table.add_column("configuration", overflow="fold")
     for metric, trial in best(report).items():
         text = candidate_text(trial.candidate) if trial.candidate else ""
-        table.add_row(metric, f"{number(metrics_of(trial)[metric])} {METRICS[metric].unit}", text)
+        table.add_row(metric, f"{number(metrics_of(trial)[metric])} {METRICS[metric].unit}", Text(text))
     return table if table.row_count else Text("no trial meets every SLO yet", style="dim")

@@ -187,7 +187,7 @@ def _best_table(report: StudyReport) -> RenderableType:
         table.add_column(heading, overflow="fold")
     for metric, trial in best(report).items():
         text = candidate_text(trial.candidate) if trial.candidate else ""
-        table.add_row(metric_label(metric), number(metrics_of(trial)[metric]), str(trial.number), text)
+        table.add_row(metric_label(metric), number(metrics_of(trial)[metric]), str(trial.number), Text(text))
     return table if table.row_count else Text("\nNo trial meets every SLO yet.")
 
 
@@ -199,7 +199,7 @@ def _failures(report: StudyReport) -> RenderableType:
     for heading in ("reason", "trial", "what happened, and the engine's last lines"):
         table.add_column(heading, overflow="fold")
     for trial, failure in sorted(failed, key=lambda pair: (pair[1].reason, pair[0].number)):
-        table.add_row(str(failure.reason), str(trial.number), _failure_text(failure))
+        table.add_row(str(failure.reason), str(trial.number), Text(_failure_text(failure)))
     return table
 
 

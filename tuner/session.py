@@ -58,8 +58,6 @@ def run_study(file: StudyFile, place: Place, *, connect: Connect, stop: Stop, ob
         return Ended(reason=StopReason.TRIALS, report=make_report(history, file))
     observer.note(f"{'going on with' if history else 'beginning'} study {file.name}: {_question(problem, space)}")
     with connect(problem, place) as cluster:
-        for warning in cluster.warnings:
-            observer.note(f"warning: {warning}")
         devices = _known_devices(file, problem, place, cluster, observer)
         problem = make_problem(file, devices)
         model = LearningModel(make_predictor(problem, file))

@@ -114,7 +114,7 @@ def _every_mode() -> list[ModeName]:
 
 
 def _every_engine() -> dict[str, dict[str, list[OptionValue]]]:
-    return {name: {} for name in ENGINES}
+    return {name: {} for name, spec in ENGINES.items() if not spec.emulated}
 
 
 class ModelSection(Section):

@@ -166,11 +166,6 @@ class RayAccess:
     cluster: RayCluster
     place: Place
 
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What the user should know of the nodes."""
-        return self.cluster.warnings
-
     def measure(self, pool: NodePool) -> Device:
         """One core of a node of `pool`, measured there."""
         figures = self.cluster.run_on_pool(pool, 1, MICROBENCH_LIMIT_S, measure_node)

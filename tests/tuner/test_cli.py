@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -63,8 +64,6 @@ class Invoke:
 class NoCluster:
     """A cluster in memory."""
 
-    warnings = ()
-
     def measure(self, _pool: object) -> object:
         return UNMEASURED_CORE
 
@@ -75,6 +74,7 @@ class NoCluster:
 def connector(_address: str | None) -> Connect:
     @contextmanager
     def connect(_problem: Problem, _place: Place) -> Iterator[NoCluster]:
+        logging.getLogger("cluster.ray_session").warning("cores are %s", "shared")
         yield NoCluster()
 
     return connect  # type: ignore[return-value]  # a cluster by its behaviour
@@ -133,6 +133,8 @@ def test_a_run_prints_the_front_on_stdout_and_the_rest_on_stderr(invoke: Invoke)
     assert "Pareto front of toy" in done.out
     assert "ttft_p50_ms" in done.out
     assert "beginning study toy" in done.err
+    assert done.err.count("cores are shared") == 1
+    assert "warning: cores are shared" in done.err
     assert "trial 0 (default): aggregated" in done.err
     assert "8 of 8 trials" in done.err
     assert "The search ended: the budget of trials is used." in done.err
@@ -173,7 +175,13 @@ def test_pareto_as_csv_has_a_row_for_each_member(invoke: Invoke) -> None:
 def test_show_lists_and_json(invoke: Invoke) -> None:
     invoke("study", "run", "study.yaml")
     text = invoke("study", "show", "toy").out
-    for part in ("toy: finished, 8 of 8 trials", "Best feasible trial per objective", "No failures.", "median error"):
+    for part in (
+        "toy: finished, 8 of 8 trials",
+        "Best feasible trial per objective",
+        "No failures.",
+        "median error",
+        "1P x [",
+    ):
         assert part in text
     found = json.loads(invoke("study", "show", "toy", "--json").out)
     assert len(found["trials"]) == 8

@@ -40,7 +40,6 @@ class MemoryCluster:
     """A cluster whose runners are in memory."""
 
     make_runner: Callable[[], MemoryRunner] = MemoryRunner
-    warnings: tuple[str, ...] = ("cores are shared",)
     runners: list[MemoryRunner] = field(default_factory=list)
     measured_pools: list[str] = field(default_factory=list)
 
@@ -90,7 +89,6 @@ def test_a_study_meets_its_budget_exactly_and_measures_nothing_twice(bench: Benc
     assert [trial.origin for trial in trials[:2]] == [Origin.DEFAULT, Origin.DEFAULT]
     assert bench.cluster.runners[0].closed
     assert ended.report.front
-    assert "warning: cores are shared" in bench.observer.notes
     assert bench.observer.begun_trials == bench.observer.ended_trials == list(range(10))
 
 

@@ -154,6 +154,7 @@ def _start(pools: Sequence[NodePool], trials_at_once: int) -> RayCluster:
     oversubscribed = serving + CLIENT_CPUS > cores
     warnings = [_oversubscription(pool, serving, cores)] if oversubscribed else []
     context = _initialise(
+        address="local",  # without it Ray joins whatever cluster was started last on this machine
         include_dashboard=False,
         num_cpus=math.ceil(max(cpus, cores)),
         labels=dict(pool.labels),

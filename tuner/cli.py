@@ -33,7 +33,8 @@ Storage = Annotated[
     typer.Option("--storage", help="Storage URL; the study file's, TUNER_STORAGE or ./tuner-data by default."),
 ]
 Address = Annotated[
-    str | None, typer.Option("--address", help="Address of a Ray cluster to join; a local one is started by default.")
+    str | None,
+    typer.Option("--address", envvar="RAY_ADDRESS", help="Ray cluster to join; a local one is started by default."),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key of the study file: --set budget.trials=8.")

@@ -105,7 +105,7 @@ def summary(results: list[Result], oracle: dict[str, Run]) -> dict[str, object]:
         seconds[result.searcher] += result.seconds
     by_searcher["oracle"] = list(oracle.values())
     searchers = {name: _medians(runs) | {"seconds": round(seconds[name], 1)} for name, runs in by_searcher.items()}
-    return {"searchers": searchers, "criteria": _criteria(searchers, by_searcher.get(OURS, []), results)}
+    return {"searchers": searchers, "criteria": _criteria(searchers, by_searcher.get(OURS, []))}
 
 
 def _medians(runs: list[Run]) -> dict[str, float]:
@@ -114,9 +114,7 @@ def _medians(runs: list[Run]) -> dict[str, float]:
     return medians | {f"regret_after_{EARLY}": float(np.median([run.early_regret for run in runs]))}
 
 
-def _criteria(
-    searchers: dict[str, dict[str, float]], ours: list[Run], results: list[Result]
-) -> list[dict[str, object]]:
+def _criteria(searchers: dict[str, dict[str, float]], ours: list[Run]) -> list[dict[str, object]]:
     if not ours:
         return []
     mine, rivals = searchers[OURS], {name: searchers[name] for name in (RANDOM, *OTHERS) if name in searchers}

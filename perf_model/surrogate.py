@@ -11,7 +11,7 @@ type, precision, ...) in which two candidates differ, d_s and d_l their distance
 Without observations the correction is zero and the standard deviation that of the prior. Hyperparameters maximise the
 marginal likelihood times a log-normal prior (Rasmussen and Williams, 2006, sections 2.2 and 5.4), so that a dozen
 measurements move them little and some hundred decide. Outliers are told by their leave-one-out residual (ibid.,
-equation 5.12) and count with a larger noise, as under Student-t errors.
+equation 5.12) and count with a larger noise, which bounds their influence as Huber's estimator does.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from search_spaces.errors import require
 FITTED_ON_AT_MOST = 160
 """Observations that decide the hyperparameters; more of them cost cubic time and hardly move the optimum."""
 
-STUDENT_DEGREES = 4.0
-"""Degrees of freedom of the errors: the usual compromise between efficiency and robustness (Lange et al., 1989)."""
+OUTLIER, OUTLIER_PASSES = 3.0, 3
+"""Leave-one-out residuals beyond this many standard deviations are outliers; passes in which they are told apart."""
 
 WIDTH_PRIOR_OBSERVATIONS = 10.0
 """How many residuals of unit size the width of the intervals starts from."""
@@ -232,8 +232,8 @@ def _condition(features: Features, target: FloatArray, hyper: Hyperparameters, w
     noise = np.full(len(target), hyper.noise**2)
     kernel = _kernel(_distances(features, features), hyper)
     factor, weights = _solve(kernel, noise, target)
-    for _ in range(2 if len(target) >= 3 else 0):
-        noise = hyper.noise**2 * _student_inflation(factor, weights)
+    for _ in range(OUTLIER_PASSES if len(target) >= 3 else 0):
+        noise = _outlier_noise(factor, weights, noise, hyper.noise**2)
         factor, weights = _solve(kernel, noise, target)
     return Surrogate(
         hyper=hyper,
@@ -254,13 +254,12 @@ def _solve(kernel: FloatArray, noise: FloatArray, target: FloatArray) -> tuple[F
     return np.tril(lower), weights
 
 
-def _student_inflation(factor: FloatArray, weights: FloatArray) -> FloatArray:
-    """How much larger the noise of each observation is taken: 1 unless its leave-one-out residual is an outlier's."""
-    inverse = cho_solve((factor, True), np.eye(len(weights)), check_finite=False)
-    squared = weights**2 / np.diag(inverse)
-    excess = (STUDENT_DEGREES + squared) / (STUDENT_DEGREES + 1.0)
-    # Below 2 standard deviations an observation is ordinary; Gaussian noise then stands.
-    return np.where(squared > 4.0, excess * squared, 1.0)
+def _outlier_noise(factor: FloatArray, weights: FloatArray, noise: FloatArray, usual: float) -> FloatArray:
+    """Noise variance of each observation: the usual one, or that at which its residual is OUTLIER deviations."""
+    precision = np.diag(cho_solve((factor, True), np.eye(len(weights)), check_finite=False))
+    expected = 1.0 / precision - noise + usual
+    squared = (weights / precision) ** 2 / expected
+    return usual + expected * np.maximum(squared / OUTLIER**2 - 1.0, 0.0)
 
 
 def _most_probable(

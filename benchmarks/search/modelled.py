@@ -11,8 +11,8 @@ import numpy as np
 from benchmarks.search.tables import Table, to_minimise
 from perf_model.surrogate import (
     Features,
-    HyperPrior,
     Hyperparameters,
+    HyperPrior,
     Surrogate,
     fit,
     interval_width,

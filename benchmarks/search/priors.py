@@ -58,8 +58,8 @@ def reference_prior(rows: pd.DataFrame, predictions: Path) -> Prior:
                 columns[~inside], residual, CORRECTION_PENALTY, columns[inside]
             )
     label = (
-        f"predictions of {predictions.name} ({known.mean():.0%} of rows, the others filled by regression), corrected by "
-        "a ridge regression on the measured rows of the other models: the table's own model is left out"
+        f"predictions of {predictions.name} ({known.mean():.0%} of rows, the others filled by regression), corrected "
+        "by a ridge regression on the measured rows of the other models: the table's own model is left out"
     )
     return Prior(ids=pd.Index(rows["id"]), log_mean=corrected, filled=~known, label=label)
 

@@ -4,7 +4,8 @@ How a table is shown to them: every column that varies (and is no function of th
 Numbers are integers that count the values in order, so that samplers which understand order can use it; names are
 categorical. A combination that no row holds is answered by the nearest row: mode first, then the number of differing
 names plus the rank distances of the numbers, ties by chance. A row that was measured before is answered from memory at
-no cost. After `PATIENCE` such answers in a row the next measurement is a random new row. All of this favours the samplers.
+no cost. After `PATIENCE` such answers in a row the next measurement is a random new row. All of this favours the
+samplers.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def _table(key: tuple[str, int, int], group: pd.DataFrame) -> Table:
 
 
 def _varied(rows: pd.DataFrame, names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in names if rows[name].nunique(dropna=False) > 1)
+    return tuple(name for name in names if len(rows[name].unique()) > 1)
 
 
 def parameter_columns(table: Table) -> tuple[str, ...]:

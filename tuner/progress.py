@@ -157,7 +157,7 @@ class LiveProgress:
         finished = sum(trial.is_finished for trial in snapshot.trials)
         parts: list[RenderableType] = [
             Text(snapshot.name, style="bold"),
-            ProgressBar(total=snapshot.budget_trials, completed=finished, width=60),
+            _bar(finished, snapshot.budget_trials),
             Text(counts_text(snapshot)),
             *(
                 Text(f"{trial.phase} {trial.elapsed_s:.0f} s: {proposal_line(trial.proposal)}", style="cyan")
@@ -166,6 +166,13 @@ class LiveProgress:
             *self._recent,
         ]
         return Group(*parts, _best_table(_report(snapshot)))
+
+
+def _bar(done: int, total: int) -> RenderableType:
+    """A progress bar on a line of its own."""
+    grid = Table.grid()
+    grid.add_row(ProgressBar(total=total, completed=done, width=60))
+    return grid
 
 
 def _best_table(report: StudyReport) -> RenderableType:

@@ -53,8 +53,9 @@ class Scheduling:
 
     `mixes`: prompts ride on decode steps; otherwise prefill steps stop decoding. `chunked`: prompts are cut at the
     token budget. `poll_steps`: decode steps between two looks at the queue. `launch_ms_per_layer`: host time of a step
-    that is not replayed from a CUDA graph, which hides under the device's time where that is longer. `request_ms`: time
-    of a request outside the engine's steps (client, HTTP, tokenizer). `token_budget`: tokens a step may hold.
+    that is not replayed from a CUDA graph, which hides under the device's time where that is longer. `step_ms` and
+    `step_ms_per_layer`: host time of every step that nothing hides (scheduling, sampling, gaps). `request_ms`: time of
+    a request outside the engine's steps (client, HTTP, tokenizer). `token_budget`: tokens a step may hold.
     """
 
     mixes: bool
@@ -63,25 +64,41 @@ class Scheduling:
     poll_steps: float
     launch_ms_per_layer: float
     request_ms: float
+    step_ms: float = 0.0
+    step_ms_per_layer: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.token_budget >= 1, f"token_budget={self.token_budget} must be at least 1 token")
         require(self.poll_steps >= 1, f"poll_steps={self.poll_steps} must be at least 1 step")
         require(self.launch_ms_per_layer >= 0, f"launch_ms_per_layer={self.launch_ms_per_layer} must not be negative")
-        require(self.request_ms >= 0, f"request_ms={self.request_ms} must not be negative")
+        for name in ("request_ms", "step_ms", "step_ms_per_layer"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
 
 
-# Host times and looks at the queue were fitted by grid search to the mean times to first token of the public measured
-# runs (aggregated rows, absolute log error); budgets are the engines' own defaults.
+# Host times and looks at the queue were fitted by grid search to the public measured runs (aggregated rows; means of
+# time to first token and per output token, absolute log error); budgets are the engines' own defaults. SGLang's
+# published recipes look at the queue every 10 to 30 decode steps, and first tokens wait longer still.
 SCHEDULING: dict[str, Scheduling] = {
     "vllm": Scheduling(
-        mixes=True, chunked=True, token_budget=8192, poll_steps=1, launch_ms_per_layer=1.0, request_ms=12.0
+        mixes=True,
+        chunked=True,
+        token_budget=8192,
+        poll_steps=1,
+        launch_ms_per_layer=0.9,
+        request_ms=20.0,
+        step_ms=1.5,
     ),
     "trtllm": Scheduling(
-        mixes=True, chunked=False, token_budget=8192, poll_steps=1, launch_ms_per_layer=0.6, request_ms=50.0
+        mixes=True, chunked=False, token_budget=8192, poll_steps=1, launch_ms_per_layer=0.3, request_ms=90.0
     ),
     "sglang": Scheduling(
-        mixes=False, chunked=True, token_budget=8192, poll_steps=20, launch_ms_per_layer=0.9, request_ms=80.0
+        mixes=False,
+        chunked=True,
+        token_budget=8192,
+        poll_steps=40,
+        launch_ms_per_layer=0.9,
+        request_ms=60.0,
+        step_ms_per_layer=0.03,
     ),
 }
 
@@ -116,6 +133,7 @@ class Load:
     token_budget: FloatArray
     poll_steps: FloatArray
     launch_ms: FloatArray
+    step_ms: FloatArray
     request_ms: FloatArray
 
     @property
@@ -156,6 +174,7 @@ def load(  # noqa: PLR0913 - a load is its fields
         mixes=np.full(shape, scheduling.mixes),
         chunked=np.full(shape, scheduling.chunked),
         launch_ms=scheduling.launch_ms_per_layer * arrays[7],
+        step_ms=scheduling.step_ms + scheduling.step_ms_per_layer * arrays[7],
         request_ms=np.full(shape, scheduling.request_ms),
     )
 
@@ -182,6 +201,12 @@ class StepTimes:
     decode_ms: FloatArray
     prompt_ms: FloatArray
     full_ms: FloatArray
+
+    def plus(self, host_ms: FloatArray) -> StepTimes:
+        """The same steps with `host_ms` more each."""
+        return StepTimes(
+            decode_ms=self.decode_ms + host_ms, prompt_ms=self.prompt_ms + host_ms, full_ms=self.full_ms + host_ms
+        )
 
 
 def step_queries(work: Load) -> StepQueries:
@@ -261,6 +286,7 @@ def _prefill(work: Load, queries: StepQueries, times: StepTimes) -> _Prefill:
 
 def closed_loop(work: Load, times: StepTimes) -> Serving:
     """Aggregated serving under a constant number of users per rank (see the module's text)."""
+    times = times.plus(work.step_ms)
     prefill = _prefill(work, step_queries(work), times)
     running, per_step = work.running, work.running / work.osl
     in_step = np.where(work.mixes, 0.0, _in_step(work))
@@ -351,10 +377,12 @@ def open_loop(work: Load, times: StepTimes, *, rate_per_s: ArrayLike, single_dec
     one sequence. A request waits for half a step (or half of `poll_steps`) and, as in an M/G/1 queue, for the prompts
     in front: added * rho / (1 - rho) with rho the share of time that prefills take.
     """
+    times = times.plus(work.step_ms)
+    single = floats(single_decode_ms) + work.step_ms
     rate = floats(rate_per_s) / 1000.0
     prefill = _prefill(work, step_queries(work), times)
-    slope = np.maximum(times.decode_ms - floats(single_decode_ms), 0.0) / np.maximum(work.running - 1.0, 1.0)
-    fixed = np.maximum(floats(single_decode_ms) - slope, 0.0)
+    slope = np.maximum(times.decode_ms - single, 0.0) / np.maximum(work.running - 1.0, 1.0)
+    fixed = np.maximum(single - slope, 0.0)
     spare = 1.0 - rate * (prefill.added_ms + work.osl * slope)
     decoding = rate * work.osl * fixed / np.maximum(spare, 1e-9)
     overloaded = (spare <= 0.0) | (decoding > work.running)

@@ -142,8 +142,8 @@ def run_layout(row: Mapping[str, str], role: str) -> ReplicaLayout:
     """The layout behind a row's sizes.
 
     Some rows of the public file hold products in place of sizes: where expert tensor and expert parallel sizes are
-    equal and their product is tp * dp, the GPUs are as many as either; and tp = dp with ep = tp * dp means attention data
-    parallelism over that many GPUs. Rows of the same runs written plainly have the same TTFT and TPOT.
+    equal and their product is tp * dp, the GPUs are as many as either of them; and tp = dp with ep = tp * dp means
+    attention data parallelism over that many GPUs. Rows of the same runs written plainly have the same TTFT and TPOT.
     """
     tp, pp, dp = (_size(row, f"{role}{name}") for name in ("tp_size", "pp_size", "attention_dp_size"))
     moe_tp, ep = (_size(row, f"{role}{name}") for name in ("moe_tp_size", "moe_ep_size"))

@@ -22,7 +22,8 @@ from perf_model.latency import Distribution, Latency, TwoPoint
 from perf_model.numeric import BoolArray, FloatArray
 from perf_model.phases import StepTimes, decode_step_ms, prefill
 
-_ITERATIONS = 6
+_ITERATIONS = 3
+_STEFFENSEN = 3
 _FULL = 0.999  # highest utilisation that an open loop can hold in steady state
 
 
@@ -139,15 +140,11 @@ def _closed_cycle(steps: StepTimes, load: RankLoad) -> _Cycle:
     running = np.clip(load.users, 1.0, load.slots)
     tokens = load.decode_steps
     seqs = running
-    step, added, pieces = _times(steps, load, seqs)
-    cycle_steps = tokens + pieces
     for _ in range(_ITERATIONS):
-        alone = added + pieces * step * (running > 1.0)
-        decode = tokens * (step + (running - 1.0) * added / cycle_steps)
-        first = prefill_stage_ms(alone, decode, running)
-        cycle_steps = tokens * (1.0 + first / decode)
-        seqs = np.maximum(running * decode / (first + decode), np.minimum(running, 1.0))
         step, added, pieces = _times(steps, load, seqs)
+        alone = added + pieces * step * (running > 1.0)
+        first, decode = _steady(alone, added, step, tokens, running)
+        seqs = np.maximum(running * decode / (first + decode), np.minimum(running, 1.0))
     return _Cycle(
         alone_ms=alone,
         first_ms=first,
@@ -157,6 +154,36 @@ def _closed_cycle(steps: StepTimes, load: RankLoad) -> _Cycle:
         pieces=pieces,
         decode_seqs=seqs,
     )
+
+
+def _steady(
+    alone: FloatArray, added: FloatArray, step: FloatArray, tokens: FloatArray, running: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Times to the first token and of decoding for given step times: the fixed point in the steps K of a cycle.
+
+    A request decodes over `tokens` steps among the prefills of the others, (b-1) in K steps. K is found by Steffensen's
+    method from the busiest cycle, b prefills one after another.
+    """
+    others = (running - 1.0) * added
+    pieces = np.maximum((alone - added) / step, 1.0)
+    cycle = np.maximum(tokens + pieces, running * pieces)
+
+    def stages(steps_in_cycle: FloatArray) -> tuple[FloatArray, FloatArray]:
+        decode = tokens * (step + others / steps_in_cycle)
+        return prefill_stage_ms(alone, decode, running), decode
+
+    def following(steps_in_cycle: FloatArray) -> FloatArray:
+        first, decode = stages(steps_in_cycle)
+        return tokens * (1.0 + first / decode)
+
+    for _ in range(_STEFFENSEN):
+        second = following(cycle)
+        third = following(second)
+        bend = third - 2.0 * second + cycle
+        straight = np.abs(bend) < 1e-9 * third
+        cycle = np.where(straight, third, cycle - (second - cycle) ** 2 / np.where(straight, 1.0, bend))
+        cycle = np.maximum(cycle, tokens)
+    return stages(cycle)
 
 
 def _closed(steps: StepTimes, load: RankLoad) -> ServingEstimate:

@@ -349,6 +349,7 @@ class RayDeployment:
             client_lateness_ms=outcome.lateness_ms,
             timings_s={"warm_up": outcome.warm_up_s, "measure": outcome.measure_s},
             artifacts={"request_timings": str(outcome.timings_path), **artifacts},
+            emulated=self._backend.emulated,
         )
 
     def _explain(self, failure: Failure) -> Failure:

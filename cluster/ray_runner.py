@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from cluster import deployment as life
-from cluster.engines.base import EngineBackend
+from cluster.engines.base import EngineBackend, PerDeployment
 from cluster.janitor import TaggedProcess, end_orphans
 from cluster.placement import PlacementError, fit_together, plan_placement
 from cluster.processes import ProcessId
@@ -188,6 +188,8 @@ class RayTrialRunner:
                 f"{', '.join(placement.spanning)} would be parts of replicas that span nodes, which engine "
                 f"{config.engine} cannot here; use fewer devices per replica"
             )
+        if isinstance(backend, PerDeployment):
+            backend = backend.for_deployment(config, request.problem)
         self._make_room(request)
         self._count += 1
         deployment = RayDeployment(

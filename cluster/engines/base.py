@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from search_spaces.model import ModelSpec
 from search_spaces.outcome import FailureReason
-from search_spaces.serving import Pool
+from search_spaces.problem import Problem
+from search_spaces.serving import Pool, ServingConfig
 from search_spaces.workload import Workload
 
 
@@ -64,10 +65,23 @@ class RouterSpec:
     shared_dir: Path
 
 
+@runtime_checkable
+class PerDeployment(Protocol):
+    """A backend that must be told of each deployment, on the coordinator, before its processes are launched."""
+
+    def for_deployment(self, config: ServingConfig, problem: Problem) -> EngineBackend:
+        """The backend for the deployment of `config`: what it has worked out travels with it."""
+        ...
+
+
 class EngineBackend(Protocol):
-    """What the cluster needs to know of an engine. Implementations hold no state and never import the engine."""
+    """What the cluster needs to know of an engine. Implementations hold no state and never import the engine.
+
+    Measurements of an `emulated` engine are marked as such.
+    """
 
     name: str
+    emulated: bool
 
     def prepare(self, model: ModelSpec, directory: Path) -> ModelSpec:
         """Make what the replicas load (once per node and study), and return the model with its `source` set."""

@@ -26,6 +26,7 @@ class LlamaCppBackend:
     """The embedded engine; see `cluster.engines.base.EngineBackend`."""
 
     name = "llamacpp"
+    emulated = False
 
     def prepare(self, model: ModelSpec, directory: Path) -> ModelSpec:
         """Write a random-weight GGUF where the model names no file; raises `InvalidValueError` for a bad file."""

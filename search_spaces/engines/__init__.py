@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from search_spaces.engines.base import EngineParameter, EngineSpec
+from search_spaces.engines.emulated import EMULATED
 from search_spaces.engines.llamacpp import LLAMACPP
 from search_spaces.errors import InvalidValueError
 
-ENGINES: dict[str, EngineSpec] = {spec.name: spec for spec in (LLAMACPP,)}
+ENGINES: dict[str, EngineSpec] = {spec.name: spec for spec in (LLAMACPP, EMULATED)}
 
 
 def engine_spec(name: str) -> EngineSpec:

@@ -58,6 +58,7 @@ class EngineSpec:
     `devices_per_rank_option` names the option that says how many devices (cores) one rank takes, None for one.
     `repair` mends a combination of options that the engine would refuse; `conflict` says why it would refuse one.
     `shared_options` must be the same in a prefill and a decode pool: the hand-over of KV caches depends on them.
+    `emulated` engines compute nothing: they only take the time that a performance model says.
     """
 
     name: str
@@ -67,6 +68,7 @@ class EngineSpec:
     repair: Callable[[Mapping[str, OptionValue]], OptionValues] = _no_repair
     conflict: Callable[[Mapping[str, OptionValue]], str | None] = _no_conflict
     shared_options: tuple[str, ...] = ()
+    emulated: bool = False
 
     def parameter(self, name: str) -> EngineParameter:
         """The parameter called `name`; raises `InvalidValueError` with the known names."""

@@ -27,6 +27,7 @@ class FaultyBackend:
 
     fault: str
     name: str = "faulty"
+    emulated: bool = False
 
     def prepare(self, model: ModelSpec, directory: Path) -> ModelSpec:
         return LlamaCppBackend().prepare(model, directory)

@@ -188,6 +188,7 @@ class RayTrialRunner:
                 f"{', '.join(placement.spanning)} would be parts of replicas that span nodes, which engine "
                 f"{config.engine} cannot here; use fewer devices per replica"
             )
+        backend = self._backends[config.engine]
         if isinstance(backend, PerDeployment):
             backend = backend.for_deployment(config, request.problem)
         self._make_room(request)
@@ -196,7 +197,7 @@ class RayTrialRunner:
             name=f"{config.key}-{self._count}",
             request=request,
             placement=placement,
-            backend=self._backends[config.engine],
+            backend=backend,
             site=self._site,
         )
         self._deployments.append(deployment)

@@ -189,6 +189,7 @@ class RayTrialRunner:
                 f"{config.engine} cannot here; use fewer devices per replica"
             )
         backend = self._backends[config.engine]
+        backend = self._backends[config.engine]
         if isinstance(backend, PerDeployment):
             backend = backend.for_deployment(config, request.problem)
         self._make_room(request)

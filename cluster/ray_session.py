@@ -29,6 +29,7 @@ from search_spaces.hardware import DeviceKind, NodePool
 INIT_TRIES = 2
 TCP_LIMIT_S = 5.0
 _AUTH_MODE, _AUTH_TOKEN, _AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+_JOIN_TRIES = "RAY_NUM_REDIS_GET_RETRIES"
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -104,7 +105,7 @@ class RayCluster:
     def run_on_every_node(
         self, limit_s: float, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> dict[str, Result]:
-        """Call `function` on each live node, without reserving anything; results by host.
+        """Call `function` on each live node, without reserving anything; results by node id.
 
         Nodes that did not answer within `limit_s` are left out, with a warning.
         """
@@ -115,7 +116,7 @@ class RayCluster:
         for node in self.nodes():
             there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
             task: Any = ray.remote(_pinned).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-            calls[task.remote(0, function, args, kwargs)] = node.host
+            calls[task.remote(0, function, args, kwargs)] = node.node_id
         done, late = ray.wait(list(calls), num_returns=len(calls), timeout=limit_s)
         for reference in late:
             _log.warning("%s did not answer within %g s on node %s", function.__name__, limit_s, calls[reference])
@@ -204,29 +205,43 @@ def _initialise(**options: Any) -> Any:
 
 
 def _join(address: str, pools: Sequence[NodePool], trials_at_once: int) -> RayCluster:
-    _use_token_if_there_is_one()
     _check_reachable(address)
-    import ray
-
+    os.environ.setdefault(_JOIN_TRIES, "5")  # one second each; Ray's own default is 20, and something listens there
     try:
-        context: Any = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except ray.exceptions.AuthenticationError as error:
-        raise ClusterError(_token_help(address, str(error).split(". ")[0])) from error
-    except (ConnectionError, RuntimeError) as error:
-        raise ClusterError(_token_help(address, str(error))) from error
+        context = _join_once(address)
+    except ClusterError:
+        if not _token_unused():
+            raise
+        _log.warning("Ray at %s was not joined; trying with the token at hand. Set RAY_AUTH_MODE=token", address)
+        _use_token()
+        context = _join_once(address)
     return RayCluster(
         address=context.address_info["address"], pools=tuple(pools), local=False, trials_at_once=trials_at_once
     )
 
 
-def _use_token_if_there_is_one() -> None:
-    """Ask for token authentication where a token is at hand: it works with clusters that want one and that do not.
+def _join_once(address: str) -> Any:
+    import ray
 
-    Ray does so itself for `auto`, and not for an explicit address (2.60).
+    try:
+        return ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ray.exceptions.AuthenticationError as error:
+        raise ClusterError(_token_help(address, str(error).split(". ")[0])) from error
+    except (ConnectionError, RuntimeError) as error:
+        raise ClusterError(_token_help(address, str(error))) from error
+
+
+def _token_unused() -> bool:
+    """True where a token is at hand and nothing says whether to use it.
+
+    With an explicit address Ray (2.60) does not use it by itself. It must not be used untried: in a cluster without
+    tokens a driver that wants them joins and runs tasks, but its actors are ended as soon as they are made.
     """
     path = Path(os.environ.get(_AUTH_TOKEN_PATH, Path.home() / ".ray" / "auth_token"))
-    if _AUTH_MODE in os.environ or not (_AUTH_TOKEN in os.environ or path.is_file()):
-        return
+    return _AUTH_MODE not in os.environ and (_AUTH_TOKEN in os.environ or path.is_file())
+
+
+def _use_token() -> None:
     os.environ[_AUTH_MODE] = "token"
     from ray._raylet import Config  # type: ignore[attr-defined]  # a compiled module without types
 

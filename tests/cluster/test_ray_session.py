@@ -64,7 +64,7 @@ def test_a_function_on_a_pool_raises_here_and_has_a_limit(ray_cluster: RayCluste
 @pytest.mark.ray
 def test_a_function_runs_on_every_node(ray_cluster: RayCluster) -> None:
     (node,) = ray_cluster.nodes()
-    assert ray_cluster.run_on_every_node(60.0, isqrt, 17) == {node.host: 4}
+    assert ray_cluster.run_on_every_node(60.0, isqrt, 17) == {node.node_id: 4}
 
 
 @pytest.mark.ray
@@ -74,6 +74,7 @@ def test_a_pool_that_the_cluster_lacks_is_told_at_once(ray_cluster: RayCluster) 
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_joining_takes_a_token_that_is_at_hand(ray_cluster: RayCluster) -> None:
     assert _join(ray_cluster.address, {}) == "joined 1 False"
 

@@ -180,26 +180,20 @@ def _run(study: StudyFile, place: Place, *, address: str | None, as_json: bool, 
     view = LiveProgress if console.is_terminal and not no_progress else LineProgress
     try:
         with view(console) as observer, warnings_to(observer.note):
-            ended = run_study(study, place, connect=connector(address), stop=stop, observer=observer)
+            ended = run_study(study, place, connect=connector(address, study.engines), stop=stop, observer=observer)
     except KeyboardInterrupt:
-        _say_interrupted(study)
+        print("Interrupted. Nothing that was measured is lost; the same command goes on.", file=sys.stderr)
         raise typer.Exit(130) from None
     _show_end(ended, place, as_json=as_json)
     if stop.signal_number is not None:
-        _say_interrupted(study)
+        print(f"Stopped. Nothing that was measured is lost; {_how_to_resume(study)}", file=sys.stderr)
         raise typer.Exit(128 + stop.signal_number)
 
 
-def _say_interrupted(study: StudyFile) -> None:
-    print(
-        f"Stopped. Nothing that was measured is lost; go on with: tuner study resume {study.name}"
-        f"{_storage_option(study)}",
-        file=sys.stderr,
-    )
-
-
-def _storage_option(study: StudyFile) -> str:
-    return f" --storage {study.storage}" if "storage" in study.model_fields_set and "@" not in study.storage else ""
+def _how_to_resume(study: StudyFile) -> str:
+    """The command that goes on; a storage URL with a password is not repeated."""
+    named = "storage" in study.model_fields_set and "@" not in study.storage
+    return f"go on with: tuner study resume {study.name}{f' --storage {study.storage}' if named else ''}"
 
 
 def _show_end(ended: Ended, place: Place, *, as_json: bool) -> None:

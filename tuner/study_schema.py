@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from search_spaces.engines import ENGINES, engine_spec
+from search_spaces.engines import engine_spec
 from search_spaces.errors import InvalidValueError
 from search_spaces.metrics import metric_info
 from search_spaces.serving import OptionValue
@@ -113,8 +113,8 @@ def _every_mode() -> list[ModeName]:
     return ["aggregated", "disaggregated"]
 
 
-def _every_engine() -> dict[str, dict[str, list[OptionValue]]]:
-    return {name: {} for name, spec in ENGINES.items() if not spec.emulated}
+def _embedded_engine() -> dict[str, dict[str, list[OptionValue]]]:
+    return {"llamacpp": {}}
 
 
 class ModelSection(Section):
@@ -319,7 +319,7 @@ class StudyFile(Section):
     engines: Annotated[
         dict[Annotated[str, AfterValidator(_known_engine)], dict[str, Choices]], BeforeValidator(_as_engines)
     ] = Field(
-        default_factory=_every_engine,
+        default_factory=_embedded_engine,
         min_length=1,
         description="the engines, each with the options to restrict",
         examples=["[llamacpp]"],

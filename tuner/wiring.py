@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -144,19 +144,28 @@ def make_predictor(problem: Problem, study: StudyFile) -> CalibratedPredictor:
     return CalibratedPredictor(model=ServingPredictor(problem, run_requests=study.measurement.requests))
 
 
-def connector(address: str | None) -> Connect:
-    """How to reach a cluster: a Ray cluster at `address`, or one that is started on this machine."""
+def connector(address: str | None, engines: Collection[str]) -> Connect:
+    """How to reach a cluster for `engines`: a Ray cluster at `address`, or one that is started on this machine.
+
+    Raises `TunerError` where this machine is to run an engine that is not installed.
+    """
+    if address is None:
+        for engine in engines:
+            _require_installed(engine)
 
     @contextmanager
     def connect(problem: Problem, place: Place) -> Iterator[Cluster]:
-        if address is None:
-            _require_extra("xllamacpp", "llamacpp", "the engine llamacpp")
         from cluster.ray_session import connect as reach
 
         with reach(address, problem.node_pools) as cluster:
             yield RayAccess(cluster=cluster, place=place)
 
     return connect
+
+
+def _require_installed(engine: str) -> None:
+    if engine == "llamacpp":
+        _require_extra("xllamacpp", "llamacpp", "the engine llamacpp")
 
 
 @dataclass(frozen=True, kw_only=True)

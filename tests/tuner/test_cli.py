@@ -71,7 +71,7 @@ class NoCluster:
         return MemoryRunner(polls=0)
 
 
-def connector(_address: str | None) -> Connect:
+def connector(_address: str | None, _engines: object) -> Connect:
     @contextmanager
     def connect(_problem: Problem, _place: Place) -> Iterator[NoCluster]:
         logging.getLogger("cluster.ray_session").warning("cores are %s", "shared")
@@ -271,3 +271,14 @@ def test_an_error_reaches_the_shell_as_one_message() -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: study file none.yaml cannot be read")
+
+
+def test_an_engine_that_is_not_installed_is_told_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tuner.wiring, "find_spec", lambda _name: None)
+    Path("study.yaml").write_text(TEXT)
+    done = Invoke(monkeypatch, capsys)("study", "run", "study.yaml")
+    assert done.code == 2
+    assert "the engine llamacpp needs the package xllamacpp; install it with: pip install 'tuner[llamacpp]'" in done.err

@@ -1,0 +1,98 @@
+"""The search loop by itself, with several trials in flight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from perf_model.calibration import CalibratedPredictor
+from search_spaces.measuring import MeasurementRule, TimeLimits
+from search_spaces.outcome import Prediction
+from studies.records import TrialStatus
+from studies.stopping import Budget, StopReason
+from studies.storage import open_storage
+from studies.study import Study, create_study
+from tests.studies.toy import biased_model, toy_problem, toy_setup, wide_space
+from tests.support.memory_runner import MemoryRunner, Silence
+from tuner.loop import LearningModel, Search, SearchPlan, recent_gain
+
+
+class Biased:
+    """The toy surface, wrong by a factor of three."""
+
+    def predict(self, candidates: object) -> list[Prediction]:
+        return biased_model(3.0)(candidates)  # type: ignore[arg-type]  # candidates
+
+
+def search(study: Study, runner: MemoryRunner, folder: Path, in_flight: int, model: LearningModel) -> Search:
+    plan = SearchPlan(
+        problem=study.setup.problem,
+        rule=MeasurementRule(),
+        limits=TimeLimits(),
+        budget=Budget(trials=study.setup.budget_trials),
+        work_dir=folder / "work",
+        seed=7,
+        in_flight=in_flight,
+    )
+    return Search(study, runner, model, plan, Silence(), sleep=lambda _: None)
+
+
+def make_study(folder: Path, model: LearningModel, trials: int, in_flight: int) -> Study:
+    space = wide_space(toy_problem())
+    setup = toy_setup(folder, space=space, predict=model.predict, budget_trials=trials, in_flight=in_flight)
+    return create_study(open_storage(f"sqlite:///{folder}/s.db"), setup)
+
+
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_the_budget_is_met_exactly_with_any_number_in_flight(tmp_path: Path, in_flight: int) -> None:
+    model = LearningModel(CalibratedPredictor(model=Biased()))
+    study = make_study(tmp_path, model, 11, in_flight)
+    runner = MemoryRunner(polls=2)
+    assert search(study, runner, tmp_path, in_flight, model).run() is StopReason.TRIALS
+    assert [trial.status for trial in study.trials()] == [TrialStatus.MEASURED] * 11
+    assert len({trial.key for trial in study.trials()}) == 11
+    assert runner.most_in_flight == in_flight
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_every_measurement_corrects_the_model(tmp_path: Path) -> None:
+    model = LearningModel(CalibratedPredictor(model=Biased()))
+    study = make_study(tmp_path, model, 20, 1)
+    search(study, MemoryRunner(polls=0), tmp_path, 1, model).run()
+    first, last = study.trials()[0], study.trials()[-1]
+    for trial, error in ((first, 2.0), (last, 0.35)):
+        assert trial.prediction is not None
+        assert trial.measurement is not None
+        ratio = trial.prediction.metrics["ttft_p50_ms"] / trial.measurement.metrics.flat()["ttft_p50_ms"]
+        assert abs(ratio - 1) <= error + 1e-9
+    assert first.prediction is not None
+    assert first.prediction.log_stddev["ttft_p50_ms"] > last.prediction.log_stddev["ttft_p50_ms"]  # type: ignore[union-attr]  # asserted above
+
+
+def test_an_exception_leaves_no_trial_in_flight(tmp_path: Path) -> None:
+    model = LearningModel(CalibratedPredictor(model=Biased()))
+    study = make_study(tmp_path, model, 5, 2)
+    runner = MemoryRunner(polls=5)
+    running = search(study, runner, tmp_path, 2, model)
+    polled = 0
+
+    def explode(_: object) -> object:
+        nonlocal polled
+        polled += 1
+        if polled > 4:
+            raise OSError("disk full")
+        return MemoryRunner.poll(runner, _)  # type: ignore[arg-type]  # a handle
+
+    runner.poll = explode  # type: ignore[method-assign,assignment]  # the fault under test
+    with pytest.raises(OSError, match="disk full"):
+        running.run()
+    assert len(runner.stopped) == 2
+    assert not any(trial.status is TrialStatus.RUNNING for trial in study.trials())
+
+
+def test_the_recent_gain_needs_something_to_grow_from() -> None:
+    assert recent_gain([]) is None
+    assert recent_gain([1.0] * 5) is None
+    assert recent_gain([0.0] * 6) is None
+    assert recent_gain([2.0, 0, 0, 0, 0, 3.0]) == pytest.approx(0.5)

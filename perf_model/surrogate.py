@@ -110,14 +110,6 @@ class HyperPrior:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Correction:
-    """Mean and standard deviation of log(measured / predicted), each (n,)."""
-
-    mean: FloatArray
-    stddev: FloatArray
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Distances:
     """Pairwise facts between two sets of candidates, each (a, b)."""
 
@@ -159,6 +151,25 @@ def _prior_variance(hyper: Hyperparameters) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Correction:
+    """Mean and standard deviation of log(measured / predicted) of n candidates, each (n,).
+
+    `features` are the candidates, `solved` (observations, n) the half-solved covariance with what was observed.
+    """
+
+    mean: FloatArray
+    stddev: FloatArray
+    surrogate: Surrogate
+    features: Features
+    solved: FloatArray
+
+    def shared(self, row: int) -> FloatArray:
+        """Covariance (n,) of every candidate with candidate `row`, given the observations."""
+        prior = self.surrogate.covariance(self.features, self.features.take([row]))[:, 0]
+        return floats(self.surrogate.width**2 * (prior - self.solved.T @ self.solved[:, row]))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Surrogate:
     """A fitted process; `correct` may be asked any number of times.
 
@@ -177,25 +188,20 @@ class Surrogate:
     def correct(self, features: Features) -> Correction:
         """Correction of `features`, without the noise of a new measurement."""
         prior = np.full(len(features), _prior_variance(self.hyper))
-        if len(self.features) == 0:
-            return Correction(mean=np.zeros(len(features)), stddev=self.width * np.sqrt(prior))
-        cross = self.covariance(features, self.features)
-        solved = solve_triangular(self.factor, cross.T, lower=True, check_finite=False)
+        cross = self.covariance(self.features, features)
+        solved = solve_triangular(self.factor, cross, lower=True, check_finite=False) if len(cross) else cross
         variance = np.maximum(prior - (solved**2).sum(0), 1e-12)
-        return Correction(mean=cross @ self.weights, stddev=self.width * np.sqrt(variance))
+        return Correction(
+            mean=self.weights @ cross,
+            stddev=self.width * np.sqrt(variance),
+            surrogate=self,
+            features=features,
+            solved=solved,
+        )
 
     def covariance(self, first: Features, second: Features) -> FloatArray:
         """Prior covariance (a, b) between two sets of candidates."""
         return _kernel(_distances(first, second), self.hyper)
-
-    def posterior_covariance(self, first: Features, second: Features) -> FloatArray:
-        """Covariance (a, b) of two sets of candidates given the observations, widened like `correct`."""
-        prior = self.covariance(first, second)
-        if len(self.features) == 0:
-            return self.width**2 * prior
-        left = solve_triangular(self.factor, self.covariance(first, self.features).T, lower=True, check_finite=False)
-        right = solve_triangular(self.factor, self.covariance(second, self.features).T, lower=True, check_finite=False)
-        return floats(self.width**2 * (prior - left.T @ right))
 
     @property
     def noise_stddev(self) -> float:

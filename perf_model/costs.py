@@ -502,6 +502,8 @@ def _attention_rows(
     """Rows of the operation's shape, or of the nearest shape that the table holds, and that shape."""
     if not len(table):
         return None, None
+    if "window_size" not in table.columns:  # tables of older GPUs hold full attention only, and do not say so
+        table = replace(table, columns={**table.columns, "window_size": np.zeros(len(table))}, masks={})
     rows = _first_match(table, "kv_cache_dtype", (operation.cache, "bfloat16", "fp8"))
     if not decode:
         rows = _first_match(rows, "attn_dtype", (operation.attention, "bfloat16", "fp8"))

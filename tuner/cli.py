@@ -96,7 +96,7 @@ def resume(
     no_progress: NoProgress = False,
 ) -> None:
     """Go on with a study that was stopped, or whose budget is raised (--set budget.trials=40)."""
-    from tuner.session import history_of, stored_file
+    from tuner.stored import history_of, stored_file
     from tuner.study_file import load_study_file
 
     if Path(study).suffix in {".yaml", ".yml"}:
@@ -225,7 +225,7 @@ def _existing(storage: str | None) -> Place:
 
 
 def _report(name: str, storage: str | None) -> StudyReport:
-    from tuner.session import history_of, make_report, stored_file
+    from tuner.stored import history_of, make_report, stored_file
 
     place = _existing(storage)
     history = history_of(place, name)

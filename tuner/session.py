@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ from search_spaces.problem import Problem
 from search_spaces.rules import infeasibility
 from search_spaces.space import Space
 from studies.errors import StudyFileChangedError
-from studies.history import StudyHistory, study_names
+from studies.history import StudyHistory
 from studies.stopping import StopReason, progress_of
-from studies.storage import Storage, open_storage
+from studies.storage import open_storage
 from studies.study import Study, StudySetup, create_study, open_study
 from tuner.access import Cluster, Connect
 from tuner.devices import load_devices, save_devices
@@ -21,6 +21,7 @@ from tuner.loop import LearningModel, Search, SearchPlan
 from tuner.observer import Observer
 from tuner.places import Place
 from tuner.report import StudyReport
+from tuner.stored import find_history, make_report
 from tuner.study_errors import StudyFileError
 from tuner.study_file import differences, dump_study, parse_study
 from tuner.study_schema import StudyFile
@@ -66,22 +67,6 @@ def run_study(file: StudyFile, place: Place, *, connect: Connect, stop: Stop, ob
         with study:
             reason = _search(study, file, place, model, cluster, stop, observer)
             return Ended(reason=reason, report=make_report(study.history, file))
-
-
-def find_history(storage: Storage, name: str) -> StudyHistory | None:
-    """The stored study called `name`, None where there is none."""
-    return StudyHistory(storage, name) if name in study_names(storage) else None
-
-
-def history_of(place: Place, name: str) -> StudyHistory:
-    """The stored study called `name`; raises `StudyNotFoundError` with the names there are."""
-    return StudyHistory(open_storage(place.url), name)
-
-
-def stored_file(history: StudyHistory, place: Place, overrides: Sequence[str] = ()) -> StudyFile:
-    """The study file that a study was made with, after `overrides`, in the storage where it was found."""
-    study = parse_study(history.study_file, overrides, name=f"stored study file of {history.name}")
-    return study.model_copy(update={"storage": place.url})
 
 
 def check_same_question(file: StudyFile, stored: str, observer: Observer) -> None:
@@ -188,14 +173,3 @@ def _search(
     )
     with stop as stop_requested, closing(cluster.runner(file.name)) as runner:
         return Search(study, runner, model, plan, observer, stop_requested).run()
-
-
-def make_report(history: StudyHistory, file: StudyFile) -> StudyReport:
-    """The study as it stands."""
-    trials = history.trials()
-    progress = progress_of(trials)
-    status = "finished" if progress.finished >= file.budget.trials else "unfinished"
-    text = f"{status}, {progress.finished} of {file.budget.trials} trials"
-    return StudyReport(
-        name=history.name, status=text, problem=make_problem(file), trials=trials, storage=history.storage.url
-    )

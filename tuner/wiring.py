@@ -9,10 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.runner import TrialRunner
-from perf_model.calibration import CalibratedPredictor
-from perf_model.microbench import device_from_figures, measure_node
-from perf_model.serving_predictor import ServingPredictor
 from search_spaces.errors import InvalidValueError, TunerError
 from search_spaces.hardware import Device, DeviceKind, NodePool
 from search_spaces.measuring import MeasurementRule, TimeLimits
@@ -29,6 +25,8 @@ from tuner.study_schema import NodePoolSection, RoleSection, StudyFile
 
 if TYPE_CHECKING:
     from cluster.ray_session import RayCluster
+    from cluster.runner import TrialRunner
+    from perf_model.calibration import CalibratedPredictor
 
 MICROBENCH_LIMIT_S = 180.0
 MODEL_PRESETS: dict[str, ModelSpec] = {"tiny": TINY_MODEL}
@@ -141,6 +139,9 @@ def make_budget(study: StudyFile) -> Budget:
 
 def make_predictor(problem: Problem, study: StudyFile) -> CalibratedPredictor:
     """The performance model of `problem`, not corrected by any measurement yet."""
+    from perf_model.calibration import CalibratedPredictor
+    from perf_model.serving_predictor import ServingPredictor
+
     return CalibratedPredictor(model=ServingPredictor(problem, run_requests=study.measurement.requests))
 
 
@@ -177,6 +178,8 @@ class RayAccess:
 
     def measure(self, pool: NodePool) -> Device:
         """One core of a node of `pool`, measured there."""
+        from perf_model.microbench import device_from_figures, measure_node
+
         figures = self.cluster.run_on_pool(pool, 1, MICROBENCH_LIMIT_S, measure_node)
         return device_from_figures(figures, name=f"core of {pool.name}")
 

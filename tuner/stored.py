@@ -1,0 +1,41 @@
+"""Reading stored studies, without the means to go on with them: the commands that only show need no more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from studies.history import StudyHistory, study_names
+from studies.stopping import progress_of
+from studies.storage import Storage, open_storage
+from tuner.places import Place
+from tuner.report import StudyReport
+from tuner.study_file import parse_study
+from tuner.study_schema import StudyFile
+from tuner.wiring import make_problem
+
+
+def find_history(storage: Storage, name: str) -> StudyHistory | None:
+    """The stored study called `name`, None where there is none."""
+    return StudyHistory(storage, name) if name in study_names(storage) else None
+
+
+def history_of(place: Place, name: str) -> StudyHistory:
+    """The stored study called `name`; raises `StudyNotFoundError` with the names there are."""
+    return StudyHistory(open_storage(place.url), name)
+
+
+def stored_file(history: StudyHistory, place: Place, overrides: Sequence[str] = ()) -> StudyFile:
+    """The study file that a study was made with, after `overrides`, in the storage where it was found."""
+    study = parse_study(history.study_file, overrides, name=f"stored study file of {history.name}")
+    return study.model_copy(update={"storage": place.url})
+
+
+def make_report(history: StudyHistory, file: StudyFile) -> StudyReport:
+    """The study as it stands."""
+    trials = history.trials()
+    progress = progress_of(trials)
+    status = "finished" if progress.finished >= file.budget.trials else "unfinished"
+    text = f"{status}, {progress.finished} of {file.budget.trials} trials"
+    return StudyReport(
+        name=history.name, status=text, problem=make_problem(file), trials=trials, storage=history.storage.url
+    )

@@ -53,9 +53,8 @@ class Scheduling:
 
     `mixes`: prompts ride on decode steps; otherwise prefill steps stop decoding. `chunked`: prompts are cut at the
     token budget. `poll_steps`: decode steps between two looks at the queue. `launch_ms_per_layer`: host time of a step
-    that is not replayed from a CUDA graph, which hides under the device's time where that is longer. `step_ms` and
-    `step_ms_per_layer`: host time of every step that nothing hides (scheduling, sampling, gaps). `request_ms`: time of
-    a request outside the engine's steps (client, HTTP, tokenizer). `token_budget`: tokens a step may hold.
+    that is not replayed from a CUDA graph, which hides under the device's time where that is longer. `request_ms`: time
+    of a request outside the engine's steps (client, HTTP, tokenizer). `token_budget`: tokens a step may hold.
     """
 
     mixes: bool
@@ -64,41 +63,25 @@ class Scheduling:
     poll_steps: float
     launch_ms_per_layer: float
     request_ms: float
-    step_ms: float = 0.0
-    step_ms_per_layer: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.token_budget >= 1, f"token_budget={self.token_budget} must be at least 1 token")
         require(self.poll_steps >= 1, f"poll_steps={self.poll_steps} must be at least 1 step")
         require(self.launch_ms_per_layer >= 0, f"launch_ms_per_layer={self.launch_ms_per_layer} must not be negative")
-        for name in ("request_ms", "step_ms", "step_ms_per_layer"):
-            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        require(self.request_ms >= 0, f"request_ms={self.request_ms} must not be negative")
 
 
-# Host times and looks at the queue were fitted by grid search to the public measured runs (aggregated rows; means of
-# time to first token and per output token, absolute log error); budgets are the engines' own defaults. SGLang's
-# published recipes look at the queue every 10 to 30 decode steps, and first tokens wait longer still.
+# Host times were fitted by grid search to the mean times to first token of the public measured runs (aggregated rows,
+# absolute log error; see docs/silicon-prior.md); budgets and looks at the queue are the engines' own defaults.
 SCHEDULING: dict[str, Scheduling] = {
     "vllm": Scheduling(
-        mixes=True,
-        chunked=True,
-        token_budget=8192,
-        poll_steps=1,
-        launch_ms_per_layer=0.9,
-        request_ms=20.0,
-        step_ms=1.5,
+        mixes=True, chunked=True, token_budget=8192, poll_steps=1, launch_ms_per_layer=0.6, request_ms=40.0
     ),
     "trtllm": Scheduling(
-        mixes=True, chunked=False, token_budget=8192, poll_steps=1, launch_ms_per_layer=0.3, request_ms=90.0
+        mixes=True, chunked=False, token_budget=8192, poll_steps=1, launch_ms_per_layer=0.0, request_ms=100.0
     ),
     "sglang": Scheduling(
-        mixes=False,
-        chunked=True,
-        token_budget=8192,
-        poll_steps=40,
-        launch_ms_per_layer=0.9,
-        request_ms=60.0,
-        step_ms_per_layer=0.03,
+        mixes=False, chunked=True, token_budget=8192, poll_steps=1, launch_ms_per_layer=1.2, request_ms=110.0
     ),
 }
 
@@ -133,7 +116,6 @@ class Load:
     token_budget: FloatArray
     poll_steps: FloatArray
     launch_ms: FloatArray
-    step_ms: FloatArray
     request_ms: FloatArray
 
     @property
@@ -174,7 +156,6 @@ def load(  # noqa: PLR0913 - a load is its fields
         mixes=np.full(shape, scheduling.mixes),
         chunked=np.full(shape, scheduling.chunked),
         launch_ms=scheduling.launch_ms_per_layer * arrays[7],
-        step_ms=scheduling.step_ms + scheduling.step_ms_per_layer * arrays[7],
         request_ms=np.full(shape, scheduling.request_ms),
     )
 
@@ -196,17 +177,11 @@ class StepQueries:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
-    """Latencies of the steps of `StepQueries`, in ms, on the device alone (host time is added here)."""
+    """Latencies of the steps of `StepQueries`, in ms. Launches of steps with prompts are added here."""
 
     decode_ms: FloatArray
     prompt_ms: FloatArray
     full_ms: FloatArray
-
-    def plus(self, host_ms: FloatArray) -> StepTimes:
-        """The same steps with `host_ms` more each."""
-        return StepTimes(
-            decode_ms=self.decode_ms + host_ms, prompt_ms=self.prompt_ms + host_ms, full_ms=self.full_ms + host_ms
-        )
 
 
 def step_queries(work: Load) -> StepQueries:
@@ -228,17 +203,20 @@ def step_queries(work: Load) -> StepQueries:
 class Serving:
     """What a run shows, by configuration.
 
-    Means in ms and requests per second of the rank; `first_wave_ms` and `later_ms` are the mean times to first token of
-    the two regimes, `first_share` the share of requests in the first, `slot_wait_ms` the wait for a free slot (part
-    of both), `decode_ms` and `added_ms` the two parts of the time per output token, `prefill_share` the share of the
-    engine's time that prefills take, `one_ms` a request's own prefill, `full_ms` a full step.
+    Means in ms and requests per second of the rank. The mean time to first token is `request_ms` (outside the engine) +
+    `first_share` * `first_wave_ms` + (1 - `first_share`) * (`look_ms` + `later_ms`) + `slot_wait_ms`: the first wave;
+    the wait for the next look at the queue, then prompts beside and the own one; the wait for a slot.
+    `decode_ms` and `added_ms` are the two parts of the time per output token, `prefill_share` the share of the engine's
+    time that prefills take, `one_ms` a request's own prefill, `full_ms` a full step.
     """
 
     ttft_ms: FloatArray
     tpot_ms: FloatArray
     requests_per_s: FloatArray
+    request_ms: FloatArray
     first_wave_ms: FloatArray
     later_ms: FloatArray
+    look_ms: FloatArray
     first_share: FloatArray
     slot_wait_ms: FloatArray
     decode_ms: FloatArray
@@ -286,7 +264,6 @@ def _prefill(work: Load, queries: StepQueries, times: StepTimes) -> _Prefill:
 
 def closed_loop(work: Load, times: StepTimes) -> Serving:
     """Aggregated serving under a constant number of users per rank (see the module's text)."""
-    times = times.plus(work.step_ms)
     prefill = _prefill(work, step_queries(work), times)
     running, per_step = work.running, work.running / work.osl
     in_step = np.where(work.mixes, 0.0, _in_step(work))
@@ -299,8 +276,9 @@ def closed_loop(work: Load, times: StepTimes) -> Serving:
     wait = np.where(work.poll_steps > 1.0, work.poll_steps / 2.0, 1.0) * tpot
     return _closed(
         work,
-        first=work.request_ms + prefill.full_ms * (prefill.wave_steps + 1.0) / 2.0,
-        later=work.request_ms + wait + prefill.one_ms + company * prefill.beside_ms,
+        first=prefill.full_ms * (prefill.wave_steps + 1.0) / 2.0,
+        look=wait,
+        later=prefill.one_ms + company * prefill.beside_ms,
         decode=times.decode_ms,
         added=added,
         prefill=prefill,
@@ -308,10 +286,17 @@ def closed_loop(work: Load, times: StepTimes) -> Serving:
 
 
 def _closed(
-    work: Load, *, first: FloatArray, later: FloatArray, decode: FloatArray, added: FloatArray, prefill: _Prefill
+    work: Load,
+    *,
+    first: FloatArray,
+    look: FloatArray,
+    later: FloatArray,
+    decode: FloatArray,
+    added: FloatArray,
+    prefill: _Prefill,
 ) -> Serving:
     share = 1.0 / work.waves + (1.0 - 1.0 / work.waves) * _in_step(work)
-    ttft = share * first + (1.0 - share) * later
+    ttft = work.request_ms + share * first + (1.0 - share) * (look + later)
     stream = (decode + added) * np.maximum(work.osl - 1.0, 0.0)
     slot_wait = np.maximum(work.users - work.running, 0.0) / work.running * (ttft + stream)
     total = ttft + slot_wait
@@ -319,8 +304,10 @@ def _closed(
         ttft_ms=total,
         tpot_ms=decode + added,
         requests_per_s=1000.0 * work.users / (total + stream),
+        request_ms=work.request_ms,
         first_wave_ms=first,
         later_ms=later,
+        look_ms=look,
         first_share=share,
         slot_wait_ms=slot_wait,
         decode_ms=decode,
@@ -344,7 +331,7 @@ def ttft_quantile(serving: Serving, quantile: float) -> FloatArray:
     """
     require(0.0 < quantile < 1.0, f"quantile={quantile} must be between 0 and 1")
     share, own = serving.first_share, serving.one_ms
-    excess = np.maximum(serving.later_ms - own, _SOME)
+    excess = np.maximum(serving.look_ms + serving.later_ms - own, _SOME)
     width = np.maximum(2.0 * (serving.first_wave_ms - serving.full_ms), _SOME)
     low, high = np.zeros_like(own), np.maximum(own + _FAR * excess, serving.full_ms + width)
     for _ in range(_BISECTIONS):
@@ -353,7 +340,7 @@ def ttft_quantile(serving: Serving, quantile: float) -> FloatArray:
         below = share * np.clip((middle - serving.full_ms) / width, 0.0, 1.0)
         below = below + (1.0 - share) * (1.0 - (1.0 + beyond + beyond**2 / 2.0) * np.exp(-beyond))
         low, high = np.where(below < quantile, middle, low), np.where(below < quantile, high, middle)
-    return high + serving.slot_wait_ms
+    return high + serving.request_ms + serving.slot_wait_ms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,8 +364,7 @@ def open_loop(work: Load, times: StepTimes, *, rate_per_s: ArrayLike, single_dec
     one sequence. A request waits for half a step (or half of `poll_steps`) and, as in an M/G/1 queue, for the prompts
     in front: added * rho / (1 - rho) with rho the share of time that prefills take.
     """
-    times = times.plus(work.step_ms)
-    single = floats(single_decode_ms) + work.step_ms
+    single = floats(single_decode_ms)
     rate = floats(rate_per_s) / 1000.0
     prefill = _prefill(work, step_queries(work), times)
     slope = np.maximum(times.decode_ms - single, 0.0) / np.maximum(work.running - 1.0, 1.0)

@@ -25,6 +25,10 @@ class StudyBusyError(TunerError):
     """Another live process writes to the study."""
 
 
+class LeaseLostError(TunerError):
+    """This process was the study's coordinator and is not any more: it must stop and write nothing."""
+
+
 class StudyFileChangedError(TunerError):
     """A study was opened with another study file than it was made with; the text holds the difference."""
 

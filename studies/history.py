@@ -15,7 +15,7 @@ from studies.records import SCHEMA, TrialRecord, decode_trial
 from studies.storage import Storage
 
 STUDY_FILE, STUDY_HASH, STUDY_SCHEMA = "study_file", "study_file_sha256", "schema"
-POPULATION, COORDINATOR = "population_size", "coordinator"
+POPULATION = "population_size"
 _FINISHED = (OptunaState.COMPLETE, OptunaState.FAIL, OptunaState.PRUNED)
 
 

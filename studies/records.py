@@ -2,7 +2,7 @@
 
 User attributes (JSON) of schema version 1:
 
-- `proposal`: schema, candidate and its key, origin, prediction made before measuring, attempt, losses, retry_of;
+- `proposal`: schema, candidate and its key, origin, prediction made before measuring, attempt, losses, retry_of, lease;
 - `status`: one of `TrialStatus`, for people who read the storage with other tools;
 - `outcome`: the measurement or failure, with the ids of its artefacts. Writing it is the point of no return of `tell`:
   a coordinator that dies later finds it and finishes the trial, one that dies earlier leaves nothing to finish;
@@ -54,7 +54,8 @@ class Plan:
     """A proposal as it is stored.
 
     `attempt` counts the tries after faults of the infrastructure, from 1; `losses` how often its coordinator died.
-    `retry_of` is the number of the trial that it repeats.
+    `retry_of` is the number of the trial that it repeats. `lease` is the id of the lease under which it is measured,
+    None while it waits.
     """
 
     candidate: Candidate
@@ -64,6 +65,7 @@ class Plan:
     attempt: int = 1
     losses: int = 0
     retry_of: int | None = None
+    lease: str | None = None
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -87,7 +89,7 @@ class TrialRecord:
     """One trial of a study.
 
     `values` are the objectives of a measured trial in the study's order, None for every other. `violations` maps the
-    name of a constraint to its relative violation (feasible where at most 0).
+    name of a constraint to its relative violation (feasible where at most 0). `lease` is the one it was measured under.
     """
 
     number: int
@@ -102,6 +104,7 @@ class TrialRecord:
     attempt: int = 1
     losses: int = 0
     retry_of: int | None = None
+    lease: str | None = None
     artifact_ids: Mapping[str, str] = field(default_factory=dict)
     started_at: datetime | None = None
     ended_at: datetime | None = None
@@ -176,6 +179,7 @@ def decode_trial(trial: FrozenTrial) -> TrialRecord:
         attempt=plan.attempt if plan else 1,
         losses=plan.losses if plan else 0,
         retry_of=plan.retry_of if plan else None,
+        lease=plan.lease if plan else None,
         artifact_ids=ids,
         started_at=trial.datetime_start,
         ended_at=trial.datetime_complete,

@@ -2,23 +2,28 @@
 
 Accepted: any SQLAlchemy URL that Optuna takes (`sqlite:///study.db`, `postgresql://...`, `mysql+pymysql://...`) and a
 journal file, as `journal:///path` or as the plain path of a file that ends in `.journal` or `.log` (as the dashboard
-takes it). Passwords are never shown.
+takes it). Passwords are never shown. SQLite on a network file system is refused: its locks do not hold there, and
+its write-ahead log needs memory that the processes share (https://www.sqlite.org/wal.html).
 """
 
 from __future__ import annotations
 
 import re
 import sqlite3
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
-from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import URL, Engine, event, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from studies.errors import StorageError
+from studies.fence import Fence, FencedJournal, fence_database
+from studies.filesystems import network_file_system
+from studies.lease_file import FileLeaseBook
+from studies.lease_record import LeaseBook
+from studies.lease_sql import SqlLeaseBook
 
 JOURNAL_PREFIX = "journal://"
 JOURNAL_SUFFIXES = (".journal", ".log")
@@ -32,11 +37,15 @@ _DRIVERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """An open storage. `url` is fit to be shown; `dashboard_url` is what optuna-dashboard takes, secrets included."""
+    """An open storage. `url` is fit to be shown; `dashboard_url` is what optuna-dashboard takes, secrets included.
+
+    Every write through `backend` passes `fence`.
+    """
 
     url: str
-    dashboard_url: str
+    dashboard_url: str = field(repr=False)
     backend: BaseStorage
+    fence: Fence = field(default_factory=Fence)
 
 
 def open_storage(url: str) -> Storage:
@@ -49,6 +58,12 @@ def open_storage(url: str) -> Storage:
     if path is not None:
         return _open_journal(path)
     return _open_database(url)
+
+
+def open_lease_book(storage: Storage) -> LeaseBook:
+    """Where `storage` keeps who runs its studies, and their logs; the caller closes it."""
+    path = _journal_path(storage.dashboard_url)
+    return FileLeaseBook(path) if path is not None else SqlLeaseBook(storage.dashboard_url, storage.url)
 
 
 def default_storage_url(directory: Path) -> str:
@@ -74,15 +89,16 @@ def _journal_path(url: str) -> Path | None:
 
 def _open_journal(path: Path) -> Storage:
     _make_folder(path)
+    fence = Fence()
     try:
-        backend = JournalStorage(JournalFileBackend(str(path)))
+        backend = JournalStorage(FencedJournal(str(path), fence))
     except OSError as error:
         raise StorageError(
             f"journal file {path} cannot be opened ({error.strerror}); choose a writable path"
         ) from error
     except ValueError as error:
         raise StorageError(f"{path} is no journal of Optuna ({error}); choose another file") from error
-    return Storage(url=f"{JOURNAL_PREFIX}{path}", dashboard_url=str(path), backend=backend)
+    return Storage(url=f"{JOURNAL_PREFIX}{path}", dashboard_url=f"{path}", backend=backend, fence=fence)
 
 
 def _open_database(url: str) -> Storage:
@@ -90,6 +106,7 @@ def _open_database(url: str) -> Storage:
     shown = masked(url)
     is_sqlite = parsed.get_backend_name() == "sqlite"
     if is_sqlite and parsed.database not in (None, "", ":memory:"):
+        _require_local(Path(str(parsed.database)))
         _make_folder(Path(str(parsed.database)))
     kwargs = {"connect_args": {"timeout": SQLITE_WAIT_S}} if is_sqlite else {"pool_pre_ping": True}
     template_safe = url.replace("{", "{{").replace("}", "}}")  # Optuna formats the URL; a password may hold braces
@@ -102,7 +119,20 @@ def _open_database(url: str) -> Storage:
         raise StorageError(f"storage {shown} cannot be opened: {cause}; check address, name and rights") from error
     if is_sqlite:
         _tune_sqlite(database.engine)
-    return Storage(url=shown, dashboard_url=url, backend=get_storage(database))
+    fence = Fence()
+    fence_database(database.engine, fence)
+    return Storage(url=shown, dashboard_url=url, backend=get_storage(database), fence=fence)
+
+
+def _require_local(path: Path) -> None:
+    found = network_file_system(path)
+    if found is not None:
+        point, kind = found
+        raise StorageError(
+            f"SQLite database {path} would lie on a network file system ({kind} at {point}), where SQLite's locks do "
+            "not hold and studies get damaged; use postgresql://..., journal:///... on the same path, or a path on a "
+            "local disk (tuner study run --storage sqlite:////local/disk/studies.db)"
+        )
 
 
 def _parse(url: str) -> URL:

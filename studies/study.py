@@ -9,8 +9,9 @@
     study.trials(), study.front(), study.hypervolume_history(), study.progress(), study.screened_out
     study.close()
 
-One process writes (a second live one on the same host is refused); workers never open the storage. Every step leaves
-the storage so that `reconcile` can finish or repeat it exactly once after a `kill -9`:
+One process writes: the one that holds the study's lease (see `studies.lease`), under which it asks for each trial;
+workers never open the storage. Every step leaves the storage so that `reconcile` can finish or repeat it exactly once
+after a `kill -9`:
 
 - asked, nothing told: the trial is failed as lost and the same candidate waits again, with `retry_of`; one whose
   proposal had not been written yet is failed alone, since nobody has seen it;
@@ -22,16 +23,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
-import socket
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
 import optuna
-import psutil
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.study import StudyDirection
 from optuna.trial import TrialState as OptunaState
@@ -46,9 +45,8 @@ from search_spaces.space import Space
 from studies import pareto
 from studies.codec import Json, to_json
 from studies.constraints import constraint_names, failed_violations, measured_violations, write_constraints
-from studies.errors import StudyBusyError, StudyExistsError, StudyFileChangedError
+from studies.errors import LeaseLostError, StudyExistsError, StudyFileChangedError
 from studies.history import (
-    COORDINATOR,
     POPULATION,
     STUDY_FILE,
     STUDY_HASH,
@@ -56,6 +54,7 @@ from studies.history import (
     StudyHistory,
     load_optuna_study,
 )
+from studies.lease import Lease, take_lease
 from studies.predictions import PredictionLog
 from studies.records import (
     METRICS,
@@ -81,8 +80,6 @@ from studies.verdict import checked_outcome, pessimistic_values
 
 MAX_ATTEMPTS = 3
 MAX_LOSSES = 10
-CLOCK_STEP_S = 5.0
-"""Start times of a process are derived from the wall clock, which may be stepped between two readings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +114,18 @@ class StudySetup:
         return self.directory / "artifacts"
 
 
-def create_study(storage: Storage, setup: StudySetup) -> Study:
-    """Make the study; raises `StudyExistsError` where the name is taken."""
+def create_study(storage: Storage, setup: StudySetup, lease: Lease | None = None) -> Study:
+    """Make the study; raises `StudyExistsError` where the name is taken, `StudyBusyError` where it is being made.
+
+    `lease` is the study's, where the caller has taken it; it passes to the study, which releases it.
+    """
+    lease = lease or take_lease(storage, setup.name)
+    with _released_on_error(lease):
+        _make_optuna_study(storage, setup)
+        return Study(storage, setup, lease)
+
+
+def _make_optuna_study(storage: Storage, setup: StudySetup) -> None:
     directions = [StudyDirection[objective.direction.name] for objective in setup.problem.objectives]
     try:
         optuna.create_study(storage=storage.backend, study_name=setup.name, directions=directions)
@@ -126,23 +133,34 @@ def create_study(storage: Storage, setup: StudySetup) -> Study:
         raise StudyExistsError(
             f"storage {storage.url} has a study {setup.name!r} already; resume it or choose another name"
         ) from error
-    return Study(storage, setup)
 
 
-def open_study(storage: Storage, setup: StudySetup) -> Study:
-    """Go on with a study.
+def open_study(storage: Storage, setup: StudySetup, lease: Lease | None = None) -> Study:
+    """Go on with a study; `lease` as for `create_study`.
 
     Raises `StudyNotFoundError`, `StudyFileChangedError` where it was made with another study file, and
-    `StudyBusyError` where another live process of this host writes to it.
+    `StudyBusyError` where another coordinator runs it.
     """
-    return Study(storage, setup)
+    lease = lease or take_lease(storage, setup.name)
+    with _released_on_error(lease):
+        return Study(storage, setup, lease)
+
+
+@contextmanager
+def _released_on_error(lease: Lease) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        lease.release()
+        raise
 
 
 class Study:
     """A study open for writing; make one with `create_study` or `open_study`."""
 
-    def __init__(self, storage: Storage, setup: StudySetup) -> None:
+    def __init__(self, storage: Storage, setup: StudySetup, lease: Lease) -> None:
         self.setup = setup
+        self.lease = lease
         self._backend = storage.backend
         self._initialise(load_optuna_study(storage, setup.name))
         self._study_id = storage.backend.get_study_id_from_name(setup.name)
@@ -154,7 +172,6 @@ class Study:
         self._sampler = make_sampler(setup.seed, self.history.population, self._breeding)
         self._study = load_optuna_study(storage, setup.name, self._sampler)
         self._artifacts = FileSystemArtifactStore(setup.artifact_dir)
-        self._claim()
         self._enqueue_first()
 
     def _initialise(self, study: optuna.Study) -> None:
@@ -169,18 +186,6 @@ class Study:
         study.set_user_attr(STUDY_HASH, hashlib.sha256(setup.study_file.encode()).hexdigest())
         study.set_user_attr(POPULATION, population_size(setup.budget_trials, setup.in_flight))
         study.set_user_attr(STUDY_SCHEMA, SCHEMA)
-
-    def _claim(self) -> None:
-        """Become the study's coordinator unless another live process of this host is."""
-        holder = self._study.user_attrs.get(COORDINATOR)
-        if isinstance(holder, dict) and holder["host"] == socket.gethostname() and _is_another(holder):
-            raise StudyBusyError(
-                f"process {holder['pid']} on this host writes to study {self.setup.name!r}; "
-                "wait for it, stop it, or choose another study"
-            )
-        created = psutil.Process().create_time()
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "created": created}
-        self._study.set_user_attr(COORDINATOR, me)
 
     def _enqueue_first(self) -> None:
         """Queue the default configurations of every engine and mode, then the given seeds, each once."""
@@ -245,6 +250,7 @@ class Study:
 
         What waits goes first: defaults, seeds, repeats. Raises `SpaceExhausted` when nothing is left to propose.
         """
+        self.lease.ensure()
         trials = self.trials()
         tried = {trial.key for trial in trials if trial.key is not None}
         request = Request(number=len(trials), trials=trials, tried=tried, warm=tuple(warm))
@@ -272,7 +278,7 @@ class Study:
         if stored is None and plan.key in request.tried:
             self._study.tell(trial, state=OptunaState.FAIL)
             return self.ask(request.warm)
-        trial.set_user_attr(PROPOSAL, encode_plan(plan))
+        trial.set_user_attr(PROPOSAL, encode_plan(replace(plan, lease=self.lease.id)))
         trial.set_user_attr(STATUS, TrialStatus.RUNNING.value)
         return _proposal(trial.number, plan)
 
@@ -294,6 +300,7 @@ class Study:
 
         A failure of the infrastructure makes the trial lost and queues its candidate again, up to `MAX_ATTEMPTS` tries.
         """
+        self.lease.ensure()
         checked = checked_outcome(outcome, self.setup.problem)
         self._require_running(proposal)
         trial_id = self._trial_id(proposal.trial_number)
@@ -304,6 +311,7 @@ class Study:
 
     def release(self, proposal: Proposal) -> TrialRecord:
         """Give `proposal` back unmeasured: its trial is lost, and its candidate waits without a try being counted."""
+        self.lease.ensure()
         self._require_running(proposal)
         failure = Failure(reason=FailureReason.LOST_COORDINATOR, detail="the study was stopped before the measurement")
         self._lose(proposal.trial_number, failure)
@@ -390,11 +398,12 @@ class Study:
     def reconcile(self) -> tuple[TrialRecord, ...]:
         """Settle what a dead coordinator left, exactly once, and return the trials that were touched.
 
-        Call it before the first `ask`: every running trial is taken for one that nobody measures any more.
+        A running trial that was asked for under another lease than this study's is one that nobody measures any more.
         """
+        self.lease.ensure()
         touched = []
         for trial in self.trials():
-            if trial.status is TrialStatus.RUNNING:
+            if trial.status is TrialStatus.RUNNING and trial.lease != self.lease.id:
                 self._settle(trial)
                 touched.append(trial.number)
         for trial in self.trials():
@@ -412,9 +421,11 @@ class Study:
             self._lose(trial.number, Failure(reason=FailureReason.LOST_COORDINATOR, detail=detail))
 
     def close(self) -> None:
-        """Write what is buffered and let others write to the study."""
-        self._log.flush()
-        self._study.set_user_attr(COORDINATOR, None)
+        """Write what is buffered, unless the lease is lost, and let others write to the study."""
+        with suppress(LeaseLostError):
+            self.lease.ensure()
+            self._log.flush()
+        self.lease.release()
 
     def __enter__(self) -> Self:
         return self
@@ -456,13 +467,3 @@ def _check_study_file(stored: str, setup: StudySetup) -> None:
         f"study {setup.name!r} was made with another study file; resume it with its own, or choose another name:\n"
         + "\n".join(lines)
     )
-
-
-def _is_another(holder: Mapping[str, object]) -> bool:
-    """True where the process that `holder` describes lives and is not this one."""
-    try:
-        process = psutil.Process(int(str(holder["pid"])))
-    except psutil.NoSuchProcess:
-        return False
-    same = abs(process.create_time() - float(str(holder["created"]))) < CLOCK_STEP_S
-    return same and process.pid != os.getpid()

@@ -156,7 +156,7 @@ class StorageContract:
     ) -> None:
         run(study, 1)
         orphan = study.ask()
-        del study
+        study.lease.abandon()
         resumed = self.reopened(url, tmp_path)
         (settled,) = resumed.reconcile()
         assert (settled.number, settled.status) == (orphan.trial_number, TrialStatus.LOST)
@@ -175,6 +175,7 @@ class StorageContract:
             patch.setattr(Study, "_finish", _die)
             with pytest.raises(InterruptedError):
                 tell(study, proposal)
+        study.lease.abandon()
         resumed = self.reopened(url, tmp_path)
         (settled,) = resumed.reconcile()
         assert settled.status is TrialStatus.MEASURED
@@ -189,6 +190,7 @@ class StorageContract:
             patch.setattr(Study, "_requeue", _die)
             with pytest.raises(InterruptedError):
                 study.tell(proposal, LOST_NODE)
+        study.lease.abandon()
         resumed = self.reopened(url, tmp_path)
         resumed.reconcile()
         resumed.reconcile()

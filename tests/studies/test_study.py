@@ -70,7 +70,7 @@ def test_the_screen_finds_more_hypervolume_than_nsga2_alone(tmp_path: Path) -> N
     reference, axes = np.array([0.0, 40.0]), [objective.direction for objective in SPACE.problem.objectives]
 
     def found(seed: int, predict: Predict | None) -> float:
-        memory = Storage(url="memory", dashboard_url="", backend=InMemoryStorage())
+        memory = Storage(url="memory", dashboard_url="sqlite://", backend=InMemoryStorage())
         setup = toy_setup(tmp_path / f"{seed}", space=SPACE, predict=predict, seed=seed, budget_trials=20)
         study = create_study(memory, setup)
         for _ in range(20):
@@ -161,7 +161,7 @@ def test_a_second_live_coordinator_is_refused_and_a_dead_one_is_not(tmp_path: Pa
     process = context.Process(target=_hold, args=(tmp_path, opened, finish))
     process.start()
     assert opened.wait(30)
-    with pytest.raises(StudyBusyError, match=f"process {process.pid} on this host"):
+    with pytest.raises(StudyBusyError, match=f"is run by process {process.pid} on host"):
         open_study(storage, toy_setup(tmp_path))
     process.kill()
     process.join(30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import platform
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from search_spaces.hardware import DeviceKind, NodePool
 
 INIT_TRIES = 2
 TCP_LIMIT_S = 5.0
+PROBE_LIMIT_S = 60.0
 _AUTH_MODE, _AUTH_TOKEN, _AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _JOIN_TRIES = "RAY_NUM_REDIS_GET_RETRIES"
 
@@ -215,6 +217,7 @@ def _join(address: str, pools: Sequence[NodePool], trials_at_once: int) -> RayCl
         _log.warning("Ray at %s was not joined; trying with the token at hand. Set RAY_AUTH_MODE=token", address)
         _use_token()
         context = _join_once(address)
+    _check_actors(address)
     return RayCluster(
         address=context.address_info["address"], pools=tuple(pools), local=False, trials_at_once=trials_at_once
     )
@@ -229,6 +232,27 @@ def _join_once(address: str) -> Any:
         raise ClusterError(_token_help(address, str(error).split(". ")[0])) from error
     except (ConnectionError, RuntimeError) as error:
         raise ClusterError(_token_help(address, str(error))) from error
+
+
+class _Probe:
+    """An actor that shows whether actors work, and whether the nodes can import this package."""
+
+    def python(self) -> str:
+        """Version of the interpreter on its node."""
+        return platform.python_version()
+
+
+def _check_actors(address: str) -> None:
+    """Make an actor and hear from it: a driver may join and run tasks, and yet have none (see `_token_unused`)."""
+    import ray
+
+    probe: Any = ray.remote(_Probe).options(num_cpus=0, max_restarts=0).remote()
+    try:
+        ray.get(probe.python.remote(), timeout=PROBE_LIMIT_S)
+    except ray.exceptions.RayError as error:
+        cause = f"an actor does not work there ({type(error).__name__}: {str(error).strip().splitlines()[-1]})"
+        ray.shutdown()
+        raise ClusterError(f"{_token_help(address, cause)}; and that its nodes have this package installed") from error
 
 
 def _token_unused() -> bool:
@@ -269,8 +293,8 @@ def _token_help(address: str, cause: str) -> str:
     mode = os.environ.get(_AUTH_MODE, "unset")
     return (
         f"Ray at {address} cannot be joined: {cause}. With {_AUTH_MODE}={mode} here: where the cluster wants a token, "
-        f"set {_AUTH_MODE}=token and give its token in {_AUTH_TOKEN}, {_AUTH_TOKEN_PATH} or ~/.ray/auth_token; "
-        "check too that this Ray and Python have the cluster's versions"
+        f"set {_AUTH_MODE}=token and give its token in {_AUTH_TOKEN}, {_AUTH_TOKEN_PATH} or ~/.ray/auth_token; where "
+        f"it wants none, set {_AUTH_MODE}=disabled; check too that this Ray and Python have the cluster's versions"
     )
 
 

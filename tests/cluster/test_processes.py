@@ -146,12 +146,13 @@ def test_the_janitor_ends_what_a_dead_coordinator_left_and_nothing_else(tmp_path
 @pytest.mark.parametrize("owner_lives", [True, False])
 def test_the_owner_decides_too(owner_lives: bool) -> None:
     me = ProcessId.of(os.getpid())
-    env = {processes.TAG_STUDY: "owners", processes.TAG_OWNER: str(me if owner_lives else gone())}
+    study = f"owners-{me.pid}"
+    env = {processes.TAG_STUDY: study, processes.TAG_OWNER: str(me if owner_lives else gone())}
     child = subprocess.Popen(SLEEP, env={**os.environ, **env}, stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None
         child.stdout.readline()
-        found = [p for p in tagged_processes("owners") if p.pid == child.pid]
+        found = [p for p in tagged_processes(study) if p.pid == child.pid]
         assert [p.orphaned for p in found] == [not owner_lives]
     finally:
         child.kill()

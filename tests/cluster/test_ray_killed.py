@@ -48,6 +48,11 @@ def driver(address: str, study: str, folder: Path) -> Iterator[subprocess.Popen[
             psutil.Process(left.pid).kill()
 
 
+def own_study(name: str) -> str:
+    """A study of this test session only: others may run on the same machine."""
+    return f"{name}-{os.getpid()}"
+
+
 def replica_pids(folder: Path) -> list[int]:
     return list(json.loads((folder / "pids").read_text()).values())
 
@@ -69,35 +74,37 @@ def wait_until_free(cpus: float) -> None:
 
 
 def test_a_killed_driver_of_a_joined_cluster_leaves_nothing(ray_cluster: RayCluster, tmp_path: Path) -> None:
-    cpus = ray.cluster_resources()["CPU"]
+    study, cpus = own_study("killed-joined"), ray.cluster_resources()["CPU"]
     wait_until_free(cpus)
-    with driver(ray_cluster.address, "killed-joined", tmp_path) as process:
+    with driver(ray_cluster.address, study, tmp_path) as process:
         pids = replica_pids(tmp_path)
         assert all(map(is_alive, pids))
         assert len(pids) == 3
-        assert {p.pid for p in tagged_processes("killed-joined")} >= set(pids)
+        assert {p.pid for p in tagged_processes(study)} >= set(pids)
         process.kill()
-        wait_until_none_left("killed-joined", pids)
+        wait_until_none_left(study, pids)
         wait_until_free(cpus)
 
 
 def test_ctrl_c_in_a_terminal_stops_cleanly(tmp_path: Path) -> None:
-    with driver("local", "interrupted", tmp_path) as process:
+    study = own_study("interrupted")
+    with driver("local", study, tmp_path) as process:
         pids = replica_pids(tmp_path)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: Ray and the engines get it too
         assert process.wait(20.0) == 0, (tmp_path / "driver.log").read_text()
         assert (tmp_path / "closed").exists()
-        wait_until_none_left("interrupted", pids)
+        wait_until_none_left(study, pids)
         assert [path.name for path in tmp_path.glob("*-1")] == [], "the deployment's folder goes with it"
 
 
 def test_a_killed_driver_that_started_ray_leaves_nothing(tmp_path: Path) -> None:
-    with driver("local", "killed-local", tmp_path) as process:
+    study = own_study("killed-local")
+    with driver("local", study, tmp_path) as process:
         pids = replica_pids(tmp_path)
         family = [p for p in psutil.Process(process.pid).children(recursive=True) if "Agent" not in p.name()]
         assert len(family) > len(pids)
         process.kill()
-        wait_until_none_left("killed-local", pids)
+        wait_until_none_left(study, pids)
         # Ray's own agents, left out above, look for their head for a minute before they end
         _, left = psutil.wait_procs(family, timeout=GONE_LIMIT_S)
         assert [p for p in left if is_alive(p.pid)] == []

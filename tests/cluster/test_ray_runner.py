@@ -28,7 +28,7 @@ from tests.support.ray_problem import LIMITS, aggregated, disaggregated, request
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
 
-STUDY = "runner-tests"
+STUDY = f"runner-tests-{os.getpid()}"
 ENDLESS = MeasurementRule(requests=5_000, lateness_limit_ms=5000.0)
 WAIT_S = 90.0
 

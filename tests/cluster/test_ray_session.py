@@ -86,6 +86,9 @@ def test_a_refused_token_is_told_with_what_to_set(ray_cluster: RayCluster, tmp_p
     assert "refused" in none
     assert "no authentication token was found" in none
     assert "set RAY_AUTH_MODE=token and give its token in RAY_AUTH_TOKEN" in none
+    wrong = _join(ray_cluster.address, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64})
+    assert "refused" in wrong
+    assert "With RAY_AUTH_MODE=token here" in wrong
 
 
 def _join(address: str, env: Mapping[str, str]) -> str:

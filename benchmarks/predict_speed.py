@@ -3,7 +3,8 @@
     python benchmarks/predict_speed.py [--rows 1000000] [--threads 2] [--json]
 
 Prints predictions per second of wall time and of processor time, peak memory, and the time of one prediction in a
-fresh process. The reference is the agg estimator of `aiconfigurator-core`; what it needs is built before its clock starts.
+new process. The reference is the agg estimator of `aiconfigurator-core`; what it needs is built before its clock
+starts.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def predict_replica(replica: GpuReplica, rows: Columns) -> Answers:
     load = rank_load(replica, rows)
     estimate = aggregated(replica.steps, load)
     layout = replica.key.layout
-    fits = replica.footprint.most_sequences(rows.isl + rows.osl, rows.token_budget) >= 1.0
+    fits = replica.most_sequences(rows.isl, rows.osl, rows.token_budget) >= 1.0
     requests = estimate.requests_per_s * layout.dp * layout.pp
     named = {
         "sequences": load.slots,
@@ -169,7 +169,7 @@ def rank_load(replica: GpuReplica, rows: Columns) -> RankLoad:
     """
     layout, traits = replica.key.layout, replica.traits
     share = float(layout.dp * layout.pp)
-    most = replica.footprint.most_sequences(rows.isl + rows.osl, rows.token_budget)
+    most = replica.most_sequences(rows.isl, rows.osl, rows.token_budget)
     return RankLoad(
         users=np.where(rows.users > 0, np.maximum(rows.users / share, 1.0), 0.0),
         rate_per_s=rows.rate_per_s / share,
@@ -181,10 +181,11 @@ def rank_load(replica: GpuReplica, rows: Columns) -> RankLoad:
         request_ms=np.full(len(rows), traits.request_ms),
         run_requests=10.0 * np.maximum(rows.users, 10.0),
         burst_share=rows.burst_share,
-        admission_steps=traits.admission(rows.users),
+        admission_steps=traits.admission(rows.users, layout.dp),
         stream_tokens=rows.stream_tokens,
         accepted=rows.accepted,
         drafted=rows.drafted,
+        ranks=1.0 if traits.balances_ranks else float(layout.dp),
     )
 
 

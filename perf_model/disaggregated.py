@@ -14,7 +14,7 @@ import numpy as np
 from perf_model.latency import Latency
 from perf_model.numeric import FloatArray
 from perf_model.phases import StepTimes, decode_step_ms, prefill
-from perf_model.serving import ServingEstimate, prefill_stage_ms
+from perf_model.serving import ServingEstimate, stage
 
 _ITERATIONS = 12
 _FULL = 0.999
@@ -108,7 +108,7 @@ def _closed_state(decode: StepTimes, load: PairLoad, service: FloatArray, users:
     for _ in range(_ITERATIONS):
         time, step = _decode_ms(decode, load, seqs)
         alone = service
-        first = prefill_stage_ms(alone, time + load.wire_ms, per_prefill)
+        first = stage(alone, time + load.wire_ms, per_prefill)
         total = load.request_ms + first + load.wire_ms + time
         wanted = users / load.decode_ranks * time / total
         seqs = np.clip(0.5 * seqs + 0.5 * wanted, 1e-3, load.decode_slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +23,10 @@ class HostTraits:
     `prefill_layer_ms` for each layer and `sequence_ms` for each sequence, and never less than the decode step alone.
     `request_ms` passes between sending a request and its being queued, and between its first token and the client.
     A queued request is admitted every `admission_steps` steps, on average after half of them (`busy_admission_steps`
-    from `busy_users` requests in flight). `memory_share` of the GPU's memory may be used; a step computes
-    `token_budget` tokens.
+    from `busy_users` requests in flight, at least `parallel_admission_steps` where attention is data-parallel). Ranks
+    whose prompts are computed in the same steps (`balances_ranks`) do not wait for each other's.
+    `memory_share` of the GPU's memory may be used, and cache is reserved for a sequence's whole length where
+    `reserves_whole`; a step computes `token_budget` tokens.
     """
 
     decode_factor: float
@@ -36,12 +39,16 @@ class HostTraits:
     admission_steps: float
     busy_admission_steps: float
     busy_users: float = 16.0
-    memory_share: float = 0.92
+    parallel_admission_steps: float = 0.0
+    balances_ranks: bool = False
+    memory_share: float = 0.90
+    reserves_whole: bool = False
     token_budget: float = 8192.0
 
-    def admission(self, users: FloatArray) -> FloatArray:
-        """Steps between admissions, by requests in flight on the replica."""
-        return np.where(users >= self.busy_users, self.busy_admission_steps, self.admission_steps)
+    def admission(self, users: FloatArray, dp: int) -> FloatArray:
+        """Steps between admissions, by requests in flight on the replica and attention data-parallel ranks."""
+        steps = np.where(users >= self.busy_users, self.busy_admission_steps, self.admission_steps)
+        return np.maximum(steps, self.parallel_admission_steps) if dp > 1 else steps
 
 
 # Fitted to the public measured runs of `silicon/measured_serving.csv` by `benchmarks/fit_hosts.py`, which prints them.
@@ -50,45 +57,50 @@ class HostTraits:
 HOSTS: dict[str, HostTraits] = {
     "vllm": HostTraits(
         decode_factor=1.06,
-        prefill_factor=0.92,
-        step_ms=0.77,
-        layer_ms=0.003,
-        prefill_layer_ms=0.08,
-        sequence_ms=0.0,
-        request_ms=37.0,
-        admission_steps=3.0,
-        busy_admission_steps=1.0,
+        prefill_factor=0.894,
+        step_ms=0.9,
+        layer_ms=0.0,
+        prefill_layer_ms=0.103,
+        sequence_ms=0.0033,
+        request_ms=45.0,
+        admission_steps=1.0,
+        busy_admission_steps=1.2,
     ),
     "sglang": HostTraits(
-        decode_factor=0.98,
-        prefill_factor=1.38,
-        step_ms=1.2,
-        layer_ms=0.03,
+        decode_factor=0.963,
+        prefill_factor=1.397,
+        step_ms=1.22,
+        layer_ms=0.028,
         prefill_layer_ms=0.0,
-        sequence_ms=0.0,
-        request_ms=100.0,
-        admission_steps=16.0,
-        busy_admission_steps=29.0,
+        sequence_ms=0.0176,
+        request_ms=110.0,
+        admission_steps=7.8,
+        busy_admission_steps=31.0,
+        memory_share=0.95,
     ),
     "trtllm": HostTraits(
         decode_factor=0.81,
-        prefill_factor=1.10,
-        step_ms=0.0,
+        prefill_factor=1.072,
+        step_ms=0.43,
         layer_ms=0.0,
         prefill_layer_ms=0.0,
-        sequence_ms=0.011,
+        sequence_ms=0.0,
         request_ms=59.0,
         admission_steps=10.0,
-        busy_admission_steps=4.6,
+        busy_admission_steps=7.4,
+        parallel_admission_steps=105.0,
+        balances_ranks=True,
+        memory_share=0.95,
+        reserves_whole=True,
     ),
 }
 
 
-def host_traits(engine: str) -> HostTraits:
+def host_traits(engine: str, hosts: Mapping[str, HostTraits] = HOSTS) -> HostTraits:
     """Constants of `engine`; raises `InvalidValueError` with the known names."""
-    if engine not in HOSTS:
-        raise InvalidValueError(f"no GPU traits for engine {engine!r}; known are {', '.join(HOSTS)}")
-    return HOSTS[engine]
+    if engine not in hosts:
+        raise InvalidValueError(f"no GPU traits for engine {engine!r}; known are {', '.join(hosts)}")
+    return hosts[engine]
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def run_layout(row: Mapping[str, str], role: str) -> ReplicaLayout:
 
     Some rows of the public file hold products in place of sizes: where expert tensor and expert parallel sizes are
     equal and their product is tp * dp, the GPUs are as many as either of them; and tp = dp with ep = tp * dp means
-    attention data parallelism over that many GPUs. Rows of the same runs written plainly have the same TTFT and TPOT.
+    that many GPUs with tensor and expert parallelism. Rows of the same runs written plainly have the same figures.
     """
     tp, pp, dp = (_size(row, f"{role}{name}") for name in ("tp_size", "pp_size", "attention_dp_size"))
     moe_tp, ep = (_size(row, f"{role}{name}") for name in ("moe_tp_size", "moe_ep_size"))
@@ -151,7 +151,7 @@ def run_layout(row: Mapping[str, str], role: str) -> ReplicaLayout:
     if moe_tp == ep > 1 and moe_tp * ep == ranks:
         return ReplicaLayout(tp=1 if dp > 1 else ep, pp=pp, dp=ep if dp > 1 else 1, ep=ep)
     if tp == dp > 1 and ep == ranks:
-        return ReplicaLayout(tp=1, pp=pp, dp=dp, ep=dp)
+        return ReplicaLayout(tp=tp, pp=pp, dp=1, ep=tp)
     return ReplicaLayout(tp=tp, pp=pp, dp=dp, ep=ep if ranks % ep == 0 else 1)
 
 

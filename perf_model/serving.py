@@ -1,15 +1,25 @@
-"""From engine steps to what users see: continuous batching in one pool, or prefill and decode in two.
+"""From engine steps to what users see: continuous batching in one pool.
 
-Closed loop: b users of a rank each send their next request when the last one ended. A rank is one server for prefill
-(one prompt after another, in chunks that ride on decode steps) and a delay for decode. With S the time of one prefill
-alone, D the time of decoding and F the time from entering a slot to the first token, an arriving request finds the
-others' prefills queued; for deterministic service the arrival theorem gives F = S (1 + Q - U/2) with
-Q = (b-1) F / (F+D) and U = (b-1) S / (F+D), that is
+Engines live in steps. A prompt of `new` tokens rides on p = ceil(new / room) steps, room being what the decoding
+sequences leave of the token budget, and adds `added` milliseconds to them; short prompts share steps.
 
-    F^2 + F (D - b S) - S D + S^2 (b-1)/2 = 0.
+Closed loop: b users of a rank each send their next request when the last one ended. Let K be the steps in which every
+user has one request served: O decode steps, p prefill steps, a/2 steps until the scheduler looks (it admits every a
+steps), and W steps of queueing. The queue for room is a server with a service time of s = new / room steps and a finite
+number of users, who are elsewhere for Z = K - W - s steps. For deterministic service the arrival theorem gives the time
+in that queue and server f = s (1 + Q - U/2) with Q = (b-1) f / (f+Z) and U = (b-1) s / (f+Z), that is
 
-Steps are conserved: a cycle in which every slot turns over once takes K decode steps and b prefills.
-Open loop: the same server with Poisson arrivals, F = S (1 + u / (2 (1-u))) with u = rate S (Pollaczek-Khinchine).
+    f^2 + f (Z - b s) - s Z + s^2 (b-1)/2 = 0,    W = f - s.
+
+With d the decode step alone, the mean step is t = d + (b-1) added / K: a request shares its steps with the prompts of
+the others. So TPOT = t, TTFT = (a/2 + p + W) t + added, and a cycle takes K d + b added: no step and no prompt is lost.
+Where attention is data-parallel, ranks step together, so a step is as long as the longest of theirs.
+
+Requests sent all at once (a first wave; or users who stay in step because lengths do not vary) go through in n = b s
+full steps, (n+1)/2 of them on average.
+
+Open loop (Poisson): the same server, W = s u / (2 (1-u)) with u = rate t s (Pollaczek-Khinchine) and
+t = d / (1 - rate added).
 """
 
 from __future__ import annotations
@@ -23,7 +33,6 @@ from perf_model.numeric import BoolArray, FloatArray
 from perf_model.phases import StepTimes, decode_step_ms, prefill
 
 _ITERATIONS = 3
-_STEFFENSEN = 3
 _FULL = 0.999  # highest utilisation that an open loop can hold in steady state
 
 
@@ -34,9 +43,9 @@ class RankLoad:
     `users` requests are in flight on the rank (closed loop; zero where open) or `rate_per_s` arrive (open loop; zero
     where closed). `slots` sequences run together, a step computes at most `token_budget` tokens, and `cached` of the
     `isl` prompt tokens come from the prefix cache. `request_ms` passes before prefill. The run has `run_requests`
-    requests, of which `burst_share` were sent when all users started at once. The scheduler admits requests every
+    requests, of which `burst_share` are sent by all users at once. The scheduler admits requests every
     `admission_steps` steps and sends tokens in packets of `stream_tokens`. With speculative decoding a decode step
-    yields `accepted` tokens of a sequence on average and checks `drafted` more than one.
+    yields `accepted` tokens of a sequence on average and checks `drafted` more than one. `ranks` step together.
     """
 
     users: FloatArray
@@ -53,6 +62,7 @@ class RankLoad:
     stream_tokens: FloatArray | float = 1.0
     accepted: FloatArray | float = 1.0
     drafted: FloatArray | float = 0.0
+    ranks: float = 1.0
 
     @property
     def new_tokens(self) -> FloatArray:
@@ -68,6 +78,11 @@ class RankLoad:
     def mean_context(self) -> FloatArray:
         """Mean context while decoding."""
         return self.isl + self.osl / 2.0
+
+    @property
+    def running(self) -> FloatArray:
+        """Requests that hold a slot in a closed loop."""
+        return np.clip(self.users, 1.0, self.slots)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,24 +104,35 @@ class ServingEstimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Cycle:
-    """A steady state: per-request times in ms (see the module's text) and the number of decoding sequences."""
+class _Prefills:
+    """Step times with a number of sequences decoding: a decode step, and what prompts do to steps.
 
-    alone_ms: FloatArray
-    first_ms: FloatArray
-    decode_ms: FloatArray
-    added_ms: FloatArray
+    `service` is the steps of room that a prompt takes, `pieces` the steps that it rides on.
+    """
+
     step_ms: FloatArray
+    added_ms: FloatArray
     pieces: FloatArray
+    service: FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """A steady state: mean step, steps of queueing before prefill, decoding sequences, share of room in use."""
+
+    at: _Prefills
+    mean_step_ms: FloatArray
+    queue_steps: FloatArray
     decode_seqs: FloatArray
+    use: FloatArray
 
 
-def prefill_stage_ms(alone: FloatArray, decode: FloatArray, users: FloatArray) -> FloatArray:
-    """F of the module's text: time from entering a slot to the first token among `users` (at least 1)."""
+def stage(service: FloatArray, elsewhere: FloatArray, users: FloatArray) -> FloatArray:
+    """Time in a queue and its server (f of the module's text) among `users` (at least 1), in any unit of time."""
     b = np.maximum(users, 1.0)
-    half = (b * alone - decode) / 2.0
-    root = np.sqrt(np.maximum(half**2 + alone * decode - alone**2 * (b - 1.0) / 2.0, 0.0))
-    return np.maximum(half + root, alone)
+    half = (b * service - elsewhere) / 2.0
+    root = np.sqrt(np.maximum(half**2 + service * elsewhere - service**2 * (b - 1.0) / 2.0, 0.0))
+    return np.maximum(half + root, service)
 
 
 def aggregated(steps: StepTimes, load: RankLoad) -> ServingEstimate:
@@ -118,110 +144,87 @@ def aggregated(steps: StepTimes, load: RankLoad) -> ServingEstimate:
     return _choose(is_open, _open(steps, load), closed)
 
 
-def _times(steps: StepTimes, load: RankLoad, seqs: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Decode step, milliseconds that a prefill adds, and its chunks, with `seqs` sequences decoding."""
+def _times(steps: StepTimes, load: RankLoad, seqs: FloatArray) -> _Prefills:
+    """Step times with `seqs` sequences decoding."""
     decoding = np.maximum(seqs, 1.0)
     width = 1.0 + load.drafted
     step = decode_step_ms(steps, decoding, load.mean_context, width)
+    room = np.maximum(load.token_budget - decoding * width, 1.0)
     first = prefill(
         steps,
         tokens=load.new_tokens,
         cached=load.cached,
-        room=np.maximum(load.token_budget - decoding * width, 1.0),
+        room=room,
         decode_seqs=decoding,
         decode_context=load.mean_context,
         decode_ms=step,
         decode_width=width,
     )
-    return step, first.added_ms, first.pieces
+    return _Prefills(step_ms=step, added_ms=first.added_ms, pieces=first.pieces, service=load.new_tokens / room)
 
 
-def _closed_cycle(steps: StepTimes, load: RankLoad) -> _Cycle:
-    running = np.clip(load.users, 1.0, load.slots)
-    tokens = load.decode_steps
+def _company(load: RankLoad, others_per_step: FloatArray) -> FloatArray:
+    """Prompts of others in a step, of whichever rank has most of those that step together."""
+    if load.ranks <= 1.0:
+        return others_per_step
+    return np.maximum(others_per_step, -np.expm1(-load.ranks * others_per_step))
+
+
+def _closed_state(steps: StepTimes, load: RankLoad) -> _State:
+    running, tokens = load.running, load.decode_steps
+    shared = running > 1.0
+    look = shared * load.admission_steps / 2.0
     seqs = running
     for _ in range(_ITERATIONS):
-        step, added, pieces = _times(steps, load, seqs)
-        alone = added + pieces * step * (running > 1.0)
-        first, decode = _steady(alone, added, step, tokens, running)
-        seqs = np.maximum(running * decode / (first + decode), np.minimum(running, 1.0))
-    return _Cycle(
-        alone_ms=alone,
-        first_ms=first,
-        decode_ms=decode,
-        added_ms=added,
-        step_ms=step,
-        pieces=pieces,
+        at = _times(steps, load, seqs)
+        known = tokens + at.pieces + look
+        queue = stage(at.service, known - at.service, running) - at.service
+        cycle = known + queue
+        seqs = np.maximum(running * tokens / cycle, np.minimum(running, 1.0))
+    met = _company(load, (running - 1.0) / cycle)
+    return _State(
+        at=at,
+        mean_step_ms=at.step_ms + met * at.added_ms,
+        queue_steps=queue,
         decode_seqs=seqs,
+        use=np.clip((running - 1.0) * at.service / cycle, 0.0, 1.0),
     )
-
-
-def _steady(
-    alone: FloatArray, added: FloatArray, step: FloatArray, tokens: FloatArray, running: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Times to the first token and of decoding for given step times: the fixed point in the steps K of a cycle.
-
-    A request decodes over `tokens` steps among the prefills of the others, (b-1) in K steps. K is found by Steffensen's
-    method from the busiest cycle, b prefills one after another.
-    """
-    others = (running - 1.0) * added
-    pieces = np.maximum((alone - added) / step, 1.0)
-    cycle = np.maximum(tokens + pieces, running * pieces)
-
-    def stages(steps_in_cycle: FloatArray) -> tuple[FloatArray, FloatArray]:
-        decode = tokens * (step + others / steps_in_cycle)
-        return prefill_stage_ms(alone, decode, running), decode
-
-    def following(steps_in_cycle: FloatArray) -> FloatArray:
-        first, decode = stages(steps_in_cycle)
-        return tokens * (1.0 + first / decode)
-
-    for _ in range(_STEFFENSEN):
-        second = following(cycle)
-        third = following(second)
-        bend = third - 2.0 * second + cycle
-        straight = np.abs(bend) < 1e-9 * third
-        cycle = np.where(straight, third, cycle - (second - cycle) ** 2 / np.where(straight, 1.0, bend))
-        cycle = np.maximum(cycle, tokens)
-    return stages(cycle)
 
 
 def _closed(steps: StepTimes, load: RankLoad) -> ServingEstimate:
-    cycle = _closed_cycle(steps, load)
-    running = np.clip(load.users, 1.0, load.slots)
-    slot_wait = (cycle.first_ms + cycle.decode_ms) * np.maximum(load.users / running - 1.0, 0.0)
-    queue = cycle.first_ms - cycle.alone_ms
-    burst = cycle.alone_ms * (running - 1.0) / 2.0
+    state, running = _closed_state(steps, load), load.running
+    mean_step = state.mean_step_ms
+    queue = state.queue_steps * mean_step
+    alone = state.at.pieces * mean_step + state.at.added_ms
+    wave_steps = np.maximum(running * state.at.service, 1.0)
+    full_step = state.at.step_ms + state.at.added_ms * running / wave_steps
+    burst = np.maximum((wave_steps + 1.0) / 2.0 * full_step - alone, 0.0)
     queue = queue + load.burst_share * np.maximum(burst - queue, 0.0)
-    occupancy = np.clip((running - 1.0) * cycle.alone_ms / (cycle.first_ms + cycle.decode_ms), 0.0, 1.0)
-    total = load.request_ms + cycle.alone_ms + queue + slot_wait + cycle.decode_ms
-    requests_per_s = 1e3 * np.maximum(load.users, 1e-9) / total
-    return _estimate(load, cycle, queue, slot_wait, occupancy, requests_per_s)
+    look = (running > 1.0) * load.admission_steps / 2.0 * mean_step
+    residence = look + alone + queue + load.decode_steps * mean_step
+    slot_wait = residence * np.maximum(load.users / running - 1.0, 0.0)
+    requests_per_s = 1e3 * np.maximum(load.users, 1e-9) / (load.request_ms + residence + slot_wait)
+    return _estimate(load, state, queue, slot_wait, requests_per_s)
 
 
 def _estimate(
-    load: RankLoad,
-    cycle: _Cycle,
-    queue: FloatArray,
-    slot_wait: FloatArray,
-    occupancy: FloatArray,
-    requests_per_s: FloatArray,
+    load: RankLoad, state: _State, queue: FloatArray, slot_wait: FloatArray, requests_per_s: FloatArray
 ) -> ServingEstimate:
+    at, mean_step = state.at, state.mean_step_ms
+    tpot = mean_step / load.accepted
     tokens = np.maximum(load.osl - 1.0, 1.0)
-    tpot = cycle.decode_ms / tokens
-    others = np.where(cycle.decode_seqs > 1.0, 1.0, 0.0)
-    residual = tpot * others * load.admission_steps / 2.0
+    look = mean_step * load.admission_steps * (state.decode_seqs > 1.0)
     held = tpot * np.where(np.asarray(load.stream_tokens) > 1.0, load.stream_tokens, 0.0)
-    share = np.clip(occupancy, 1e-6, 1.0)
+    share = np.clip(np.maximum(state.use, load.burst_share), 1e-6, 1.0)
     ttft = Latency(
-        base=load.request_ms + cycle.alone_ms + slot_wait + held,
-        width=2.0 * residual,
+        base=load.request_ms + at.pieces * mean_step + at.added_ms + slot_wait + held,
+        width=look,
         wait_share=share,
         wait_mean=queue / share,
     )
-    short = cycle.step_ms / load.accepted
+    short = at.step_ms / load.accepted
     interference = np.maximum(tpot - short, 0.0)
-    long_step = short + cycle.added_ms / cycle.pieces
+    long_step = short + at.added_ms / at.pieces
     long_share = np.clip(interference / np.maximum(long_step - short, 1e-9), 0.0, 1.0)
     zeros = np.zeros_like(tpot)
     spread = interference * np.sqrt(np.maximum(1.0 - long_share, 0.0) / np.maximum(long_share * tokens, 1.0))
@@ -230,7 +233,7 @@ def _estimate(
         tpot=Latency(base=np.maximum(tpot - spread, 1e-6), width=2.0 * spread, wait_share=zeros, wait_mean=zeros),
         itl=TwoPoint(short=np.minimum(short, tpot), long=long_step, long_share=long_share),
         requests_per_s=requests_per_s,
-        decode_seqs=cycle.decode_seqs,
+        decode_seqs=state.decode_seqs,
         prefill_share=np.clip(interference / tpot, 0.0, 1.0),
         queue_ms=queue + slot_wait,
         overloaded=np.zeros(tpot.shape, dtype=bool),
@@ -240,25 +243,20 @@ def _estimate(
 def _open(steps: StepTimes, load: RankLoad) -> ServingEstimate:
     """Poisson (or steady) arrivals; where they outrun the rank, the backlog of a run of `run_requests` requests."""
     rate = load.rate_per_s / 1e3  # requests per ms
-    tokens = load.decode_steps
     seqs = np.ones_like(rate)
-    for _ in range(2 * _ITERATIONS):
-        step, added, pieces = _times(steps, load, seqs)
-        decode = tokens * step / np.maximum(1.0 - rate * added, 1.0 - _FULL)
-        seqs = np.clip(0.5 * seqs + 0.5 * rate * decode, 1e-3, load.slots)
-    alone = added + pieces * step * np.minimum(seqs, 1.0)
-    use = np.minimum(rate * alone, _FULL)
-    queue = alone * use / (2.0 * (1.0 - use))
-    cycle = _Cycle(
-        alone_ms=alone,
-        first_ms=alone + queue,
-        decode_ms=decode,
-        added_ms=added,
-        step_ms=step,
-        pieces=pieces,
+    for _ in range(4 * _ITERATIONS):
+        at = _times(steps, load, seqs)
+        mean_step = at.step_ms / np.maximum(1.0 - rate * at.added_ms, 1.0 - _FULL)
+        seqs = np.clip(0.5 * seqs + 0.5 * rate * load.decode_steps * mean_step, 1e-3, load.slots)
+    use = np.minimum(rate * mean_step * at.service, _FULL)
+    state = _State(
+        at=at,
+        mean_step_ms=mean_step,
+        queue_steps=at.service * use / (2.0 * (1.0 - use)),
         decode_seqs=seqs,
+        use=np.clip(use, 0.0, 1.0),
     )
-    steady = _estimate(load, cycle, queue, np.zeros_like(rate), use, load.rate_per_s)
+    steady = _estimate(load, state, state.queue_steps * mean_step, np.zeros_like(rate), load.rate_per_s)
     return _with_backlog(steps, load, steady)
 
 

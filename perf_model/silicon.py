@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from perf_model.costs import OperationCosts
 from perf_model.footprint import Footprint
-from perf_model.hosts import HostedSteps, HostTraits, host_traits
+from perf_model.hosts import HOSTS, HostedSteps, HostTraits, host_traits
 from perf_model.layout import PlanContext, ReplicaLayout, plan
+from perf_model.numeric import FloatArray
 from perf_model.precision import Precision
 from perf_model.steps import TableSteps
 from perf_model.systems import GpuSystem, read_system
@@ -38,20 +42,30 @@ class GpuReplica:
     footprint: Footprint
     traits: HostTraits
 
+    def most_sequences(self, isl: FloatArray, osl: FloatArray, token_budget: FloatArray) -> FloatArray:
+        """Sequences that fit on an attention rank; below 1 where even one does not.
+
+        Engines that give cache blocks as sequences grow hold sequences of all ages, half their output on average;
+        the others reserve the whole length. One sequence must fit whole.
+        """
+        whole = self.footprint.most_sequences(isl + osl, token_budget)
+        if self.traits.reserves_whole:
+            return whole
+        return np.where(whole < 1.0, whole, self.footprint.most_sequences(isl + osl / 2.0, token_budget))
+
 
 @dataclass(frozen=True)
 class Silicon:
     """Replicas from the tables below `root`; tables, costs and replicas are made once.
 
-    `repair` mends known faults of the public tables (see `OperationCosts`).
+    `repair` mends known faults of the public tables (see `OperationCosts`). `hosts` gives the engines' constants.
     """
 
     root: Path
     repair: bool = True
-
-    @cached_property
-    def _costs(self) -> dict[tuple[str, str], OperationCosts]:
-        return {}
+    hosts: Mapping[str, HostTraits] = field(default_factory=lambda: HOSTS)
+    _costs: dict[tuple[str, str], OperationCosts] = field(default_factory=dict, compare=False, repr=False)
+    _kernels: dict[ReplicaKey, TableSteps] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def _replicas(self) -> dict[ReplicaKey, GpuReplica]:
@@ -74,8 +88,18 @@ class Silicon:
             self._replicas[key] = self._replica(key)
         return self._replicas[key]
 
-    def _replica(self, key: ReplicaKey) -> GpuReplica:
-        costs, traits = self.costs(key.system, key.engine), host_traits(key.engine)
+    def with_hosts(self, hosts: Mapping[str, HostTraits]) -> Silicon:
+        """The same tables and kernels with other constants of the engines."""
+        return replace(self, hosts=hosts)
+
+    def kernels(self, key: ReplicaKey) -> TableSteps:
+        """Step times of a replica's kernels, without what its host adds."""
+        if key not in self._kernels:
+            self._kernels[key] = self._kernel_steps(key)
+        return self._kernels[key]
+
+    def _kernel_steps(self, key: ReplicaKey) -> TableSteps:
+        costs = self.costs(key.system, key.engine)
         context = PlanContext(
             model=key.model,
             layout=key.layout,
@@ -84,6 +108,10 @@ class Silicon:
             gpus_per_node=costs.system.gpus_per_domain,
             module_formats=costs.module_formats(),
         )
+        return TableSteps(plan(context), costs)
+
+    def _replica(self, key: ReplicaKey) -> GpuReplica:
+        costs, traits = self.costs(key.system, key.engine), host_traits(key.engine, self.hosts)
         footprint = Footprint(
             model=key.model,
             layout=key.layout,
@@ -91,7 +119,7 @@ class Silicon:
             system=costs.system,
             memory_share=traits.memory_share,
         )
-        steps = HostedSteps(TableSteps(plan(context), costs), traits, key.model.num_layers)
+        steps = HostedSteps(self.kernels(key), traits, key.model.num_layers)
         return GpuReplica(key=key, steps=steps, footprint=footprint, traits=traits)
 
 

@@ -140,7 +140,9 @@ class TableStore:
 def version_key(text: str) -> tuple[int, ...]:
     """Sortable form of a version: numbers in order, a release candidate before its release."""
     parts = [int(part) for part in re.findall(r"\d+", text)]
-    return tuple(parts[:3] + ([-1000 + parts[3]] if "rc" in text and len(parts) > 3 else parts[3:]))
+    release = [*parts, 0, 0, 0][:3]
+    candidate = len(parts) > 3 and "rc" in text
+    return (*release, parts[3] - 1000 if candidate else 0, *parts[4 if candidate else 3 :])
 
 
 def _distance(found: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:

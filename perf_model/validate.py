@@ -132,7 +132,7 @@ def _aggregated(runs: list[Run], replica: GpuReplica) -> list[Predicted]:
         burst_share=BURST_SHARE,
         stream_tokens=[run.stream_tokens for run in runs],
     )
-    most = replica.footprint.most_sequences(rows.isl + rows.osl, rows.token_budget)
+    most = replica.most_sequences(rows.isl, rows.osl, rows.token_budget)
     _require_room(most, replica)
     return _predicted(runs, estimate_replica(replica, rows), most)
 
@@ -151,9 +151,9 @@ def _disaggregated(runs: list[Run], prefill: GpuReplica, decode: GpuReplica) -> 
     isl = np.array([run.isl * LENGTH_SHARE for run in runs])
     osl = np.array([run.osl * LENGTH_SHARE for run in runs])
     budget = np.full_like(isl, prefill.traits.token_budget)
-    most = decode.footprint.most_sequences(isl + osl, budget)
+    most = decode.most_sequences(isl, osl, budget)
     _require_room(most, decode)
-    _require_room(prefill.footprint.most_sequences(isl, budget), prefill)
+    _require_room(prefill.most_sequences(isl, 0.0 * isl, budget), prefill)
     full = np.ones_like(isl)
     ranks = [pool.replicas * pool.layout.dp * pool.layout.pp for pool in runs[0].pools]
     wire = HANDOVER_MS + 1e3 * decode.footprint.sequence_bytes(isl) / decode.footprint.system.network_bandwidth

@@ -33,7 +33,7 @@ slos: {ttft_p99_ms: 60}
 node_pools: {local: {cpus_per_node: 4, price_per_hour: 1.0}}
 engines: {llamacpp: {threads: [1, 2], max_num_seqs: [1, 4], batch_size: 512, ubatch_size: 512, flash_attention: true,
   kv_cache_dtype: f16}}
-budget: {trials: 8}
+budget: {trials: 5}
 """
 
 
@@ -98,8 +98,8 @@ BAD_FILES = {
     "binary": ("\x00\x01", "no valid YAML"),
     "unknown key": (TEXT + "budgets: 1\n", "did you mean budget?"),
     "unknown metric": (TEXT.replace("ttft_p99_ms: 60", "tft: 60"), "slos.tft"),
-    "wrong type": (TEXT.replace("trials: 8", "trials: lots"), "budget.trials"),
-    "impossible value": (TEXT.replace("trials: 8", "trials: -3"), "-3 must be at least 1"),
+    "wrong type": (TEXT.replace("trials: 5", "trials: lots"), "budget.trials"),
+    "impossible value": (TEXT.replace("trials: 5", "trials: -3"), "-3 must be at least 1"),
     "missing": (TEXT.replace("objectives: [output_tokens_per_s, ttft_p50_ms]", ""), "objectives: missing"),
     "unknown engine": (TEXT.replace("llamacpp", "lamacpp"), "'lamacpp' is unknown"),
     "impossible option": (TEXT.replace("threads: [1, 2]", "threads: [0]"), "engines.llamacpp.threads"),
@@ -136,7 +136,7 @@ def test_a_run_prints_the_front_on_stdout_and_the_rest_on_stderr(invoke: Invoke)
     assert done.err.count("cores are shared") == 1
     assert "warning: cores are shared" in done.err
     assert "trial 0 (default): aggregated" in done.err
-    assert "8 of 8 trials" in done.err
+    assert "5 of 5 trials" in done.err
     assert "The search ended: the budget of trials is used." in done.err
     assert Path("tuner-data/studies.db").is_file()
     assert Path("tuner-data/reports/toy/front.html").is_file()
@@ -148,7 +148,7 @@ def test_pareto_as_json_holds_every_metric(invoke: Invoke) -> None:
     assert done.code == 0
     found = json.loads(done.out)
     assert found["study"] == "toy"
-    assert found["counts"]["measured"] == 8
+    assert found["counts"]["measured"] == 5
     assert set(found["measured_modes"]) == {"aggregated", "disaggregated"}
     assert found["front"]
     for trial in found["front"]:
@@ -176,7 +176,7 @@ def test_show_lists_and_json(invoke: Invoke) -> None:
     invoke("study", "run", "study.yaml")
     text = invoke("study", "show", "toy").out
     for part in (
-        "toy: finished, 8 of 8 trials",
+        "toy: finished, 5 of 5 trials",
         "Best feasible trial per objective",
         "No failures.",
         "median error",
@@ -184,11 +184,11 @@ def test_show_lists_and_json(invoke: Invoke) -> None:
     ):
         assert part in text
     found = json.loads(invoke("study", "show", "toy", "--json").out)
-    assert len(found["trials"]) == 8
+    assert len(found["trials"]) == 5
     assert found["prediction_error"]["ttft_p50_ms"] > 0
     listed = invoke("study", "list").out
     assert "toy" in listed
-    assert json.loads(invoke("study", "list", "--json").out)[0]["measured"] == 8
+    assert json.loads(invoke("study", "list", "--json").out)[0]["measured"] == 5
 
 
 def test_slos_that_nothing_meets_are_told_with_the_nearest(invoke: Invoke) -> None:
@@ -201,10 +201,10 @@ def test_slos_that_nothing_meets_are_told_with_the_nearest(invoke: Invoke) -> No
 def test_a_resume_by_name_needs_no_file(invoke: Invoke) -> None:
     invoke("study", "run", "study.yaml", "--set", "budget.trials=3")
     Path("study.yaml").unlink()
-    done = invoke("study", "resume", "toy", "--set", "budget.trials=5", "--json")
+    done = invoke("study", "resume", "toy", "--set", "budget.trials=4", "--json")
     assert done.code == 0
-    assert "the budget changes: budget.trials: 3 -> 5" in done.err
-    assert json.loads(done.out)["counts"]["measured"] == 5
+    assert "the budget changes: budget.trials: 3 -> 4" in done.err
+    assert json.loads(done.out)["counts"]["measured"] == 4
 
 
 def test_a_resume_of_what_is_not_there(invoke: Invoke) -> None:

@@ -31,7 +31,7 @@ objectives: [output_tokens_per_s, ttft_p50_ms]
 node_pools: {local: {cpus_per_node: 4, price_per_hour: 1.0}}
 engines: {llamacpp: {threads: [1, 2], max_num_seqs: [1, 4], batch_size: 512, ubatch_size: 512, flash_attention: true,
   kv_cache_dtype: f16}}
-budget: {trials: 10}
+budget: {trials: 6}
 """
 
 
@@ -83,24 +83,24 @@ def test_a_study_meets_its_budget_exactly_and_measures_nothing_twice(bench: Benc
     ended = bench.run()
     assert ended.reason is StopReason.TRIALS
     trials = ended.report.trials
-    assert [trial.status for trial in trials] == [TrialStatus.MEASURED] * 10
-    assert len({trial.key for trial in trials}) == 10
+    assert [trial.status for trial in trials] == [TrialStatus.MEASURED] * 6
+    assert len({trial.key for trial in trials}) == 6
     assert [request.candidate.key for request in bench.requests] == [trial.key for trial in trials]
     assert [trial.origin for trial in trials[:2]] == [Origin.DEFAULT, Origin.DEFAULT]
     assert bench.cluster.runners[0].closed
     assert ended.report.front
-    assert bench.observer.begun_trials == bench.observer.ended_trials == list(range(10))
+    assert bench.observer.begun_trials == bench.observer.ended_trials == list(range(6))
 
 
 def test_every_trial_was_predicted_before_and_the_predictions_learn(bench: Bench) -> None:
-    trials = bench.run("budget.trials=16").report.trials
+    trials = bench.run("budget.trials=9").report.trials
     errors = []
     for trial in trials:
         assert trial.prediction is not None
         assert trial.measurement is not None
         measured_value = trial.measurement.metrics.flat()["ttft_p50_ms"]
         errors.append(abs(trial.prediction.metrics["ttft_p50_ms"] / measured_value - 1))
-    assert sum(errors[-6:]) < sum(errors[:2]) * 3  # the stand-in core is wrong by orders of magnitude at first
+    assert sum(errors[-3:]) < sum(errors[:2]) * 1.5  # the stand-in core is wrong by orders of magnitude at first
 
 
 def test_nodes_are_measured_once_per_study(bench: Bench) -> None:
@@ -115,7 +115,7 @@ def test_a_second_run_of_a_finished_study_measures_nothing(bench: Bench) -> None
     assert again.reason is StopReason.TRIALS
     assert [t.key for t in again.report.trials] == [t.key for t in first.report.trials]
     assert len(bench.cluster.runners) == 1
-    assert any("has used its budget of 10 trials" in note for note in bench.observer.notes)
+    assert any("has used its budget of 6 trials" in note for note in bench.observer.notes)
 
 
 def test_a_raised_budget_goes_on_and_says_so(bench: Bench) -> None:
@@ -147,7 +147,7 @@ def test_a_stop_gives_back_what_is_in_flight_and_a_resume_measures_it(bench: Ben
     trials = bench.run().report.trials
     finished = Counter(trial.key for trial in trials if trial.is_finished)
     assert finished[interrupted] == 1
-    assert finished.total() == 10
+    assert finished.total() == 6
     assert set(finished.values()) == {1}
 
 
@@ -167,7 +167,7 @@ def test_a_failing_configuration_is_recorded_and_the_study_goes_on(bench: Bench)
     outcome_of = fails_when(two_threads, FailureReason.OUT_OF_MEMORY_AT_BOOT)
     bench.cluster.make_runner = lambda: MemoryRunner(outcome_of=outcome_of)
     report = bench.run().report
-    assert report.count(TrialStatus.MEASURED) + report.count(TrialStatus.FAILED) == 10
+    assert report.count(TrialStatus.MEASURED) + report.count(TrialStatus.FAILED) == 6
     failed = [trial for trial in report.trials if trial.status is TrialStatus.FAILED]
     assert failed
     for trial in failed:
@@ -186,11 +186,11 @@ def test_faults_of_the_infrastructure_are_repeated_and_count_for_nothing(bench: 
     outcome_of = fails_when(first_try_of_every_third, FailureReason.TRANSPORT)
     bench.cluster.make_runner = lambda: MemoryRunner(outcome_of=outcome_of)
     report = bench.run().report
-    assert report.count(TrialStatus.MEASURED) == 10
+    assert report.count(TrialStatus.MEASURED) == 6
     lost = report.count(TrialStatus.LOST)
-    assert lost >= 3
-    assert len({trial.key for trial in report.measured}) == 10
-    assert tries.total() == 10 + lost
+    assert lost >= 2
+    assert len({trial.key for trial in report.measured}) == 6
+    assert tries.total() == 6 + lost
 
 
 def test_too_many_faults_in_a_row_end_the_run(bench: Bench) -> None:
@@ -223,4 +223,4 @@ def test_a_question_that_nothing_can_answer_is_told_before_anything_starts(bench
 def test_what_lies_beside_the_study(bench: Bench) -> None:
     bench.run()
     assert list((bench.place.directory / "predictions").rglob("*.parquet"))
-    assert len(list(bench.place.artifacts.iterdir())) == 10
+    assert len(list(bench.place.artifacts.iterdir())) == 6

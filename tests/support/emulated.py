@@ -45,7 +45,10 @@ def flat_times(*, decode_ms: float = 10.0, token_ms: float = 0.05) -> StepTimes:
 def profile(*, kv_tokens: int = 100_000, **changes: Any) -> EngineProfile:
     """A replica on one GPU whose KV cache holds `kv_tokens` tokens at 0.9 of the memory."""
     memory = GpuMemory(
-        total_bytes=80 * GIB, weight_bytes=40 * GIB, fixed_bytes=2 * GIB, kv_bytes_per_token=30 * GIB / (kv_tokens + 0.5)
+        total_bytes=80 * GIB,
+        weight_bytes=40 * GIB,
+        fixed_bytes=2 * GIB,
+        kv_bytes_per_token=30 * GIB / (kv_tokens + 0.5),
     )
     values: dict[str, Any] = {
         "gpu": "h100_sxm",

@@ -73,15 +73,11 @@ class Sequence:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one step computes: `chunks` of prompts and one token for each of `decoding`."""
+    """What one step computes: `chunks` of prompts, and one token for each of `decoding` at a mean `context`."""
 
     chunks: tuple[tuple[Sequence, Chunk], ...]
     decoding: tuple[Sequence, ...]
-
-    @property
-    def context(self) -> float:
-        """Mean context of the decoding sequences, their new tokens included."""
-        return sum(sequence.length for sequence in self.decoding) / len(self.decoding) if self.decoding else 0.0
+    context: float
 
     @property
     def prompts(self) -> tuple[Chunk, ...]:
@@ -160,7 +156,8 @@ class Scheduler:
             self._admit(plan)
         if not plan.chunks and not plan.decoding:
             return None
-        return Step(chunks=tuple(plan.chunks), decoding=tuple(plan.decoding))
+        context = sum(sequence.length for sequence in plan.decoding) / max(len(plan.decoding), 1)
+        return Step(chunks=tuple(plan.chunks), decoding=tuple(plan.decoding), context=context)
 
     def finish(self, step: Step) -> list[Sequence]:
         """Book what `step` has computed; the sequences that have a new token."""

@@ -5,11 +5,11 @@
 For dense, mixture and latent-attention models on h100_sxm and h200_sxm with the three engines: prefill of prompts, a
 decode step, a mixed step, at random loads. Host constants and mended tables are off. Deviations made on purpose:
 
-- Latent attention in mixed steps: the reference computes a step's tokens as one prompt and leaves out the attention of
-  the decoding sequences; here prompts keep their lengths and decode attention is added.
+- Latent attention in mixed steps: there a step is one prompt and decoding sequences do not attend; here they do and
+  prompts keep their lengths.
 - DeepSeek's first three layers are dense here, mixtures there.
 - vLLM with latent attention: the reference adds two all-reduces a layer to those of its dispatch; here they count once.
-- Attention data-parallel over tensor-parallel groups: TensorRT-LLM's exchange is an all-reduce over all ranks there, and
+- Data-parallel attention over tensor-parallel groups: TensorRT-LLM's exchange is an all-reduce over all ranks there and
   vLLM's reduces over all ranks before it gathers; here scatter and gather, as for SGLang.
 - Qwen3.5: two all-reduces a layer here, three there with TensorRT-LLM; gates and merges of the shared expert left out.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -160,6 +161,8 @@ def dashboard(
 
     place = _existing(storage)
     with open_dashboard(open_storage(place.url), place.artifacts, host=host, port=port) as server:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a shell ignores SIGINT for what it starts in the background
+            signal.signal(number, signal.default_int_handler)
         print(f"Dashboard: http://{host}:{server.server_port}/  (Ctrl-C to end)", flush=True)
         try:
             server.serve_forever()

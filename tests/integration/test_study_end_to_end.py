@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -142,7 +143,7 @@ def test_ctrl_c_stops_cleanly_and_a_resume_goes_on(tmp_path_factory: pytest.Temp
     with study.running() as driver:
         study.wait_for(r"trial 1 \(", driver)
         study.wait_for_engines()
-        driver.send_signal(signal.SIGINT)
+        os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: Ray and the engines get it too
         assert driver.wait(60) == 130, study.log.read_text()
     study.wait_for_silence(limit_s=5)
     said = study.log.read_text()

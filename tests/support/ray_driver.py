@@ -9,6 +9,7 @@ clean stop.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -40,6 +41,7 @@ def main(address: str, study: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run in the background, where it is ignored
     place = Path(sys.argv[3])
     try:
         main(sys.argv[1], sys.argv[2], place)

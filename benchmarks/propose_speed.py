@@ -25,6 +25,7 @@ def make_features(count: int, rng: np.random.Generator) -> Features:
         categories=rng.integers(0, 4, (count, 9)),
         sizes=np.log(2.0 ** rng.integers(0, 5, (count, 6))),
         loads=np.log(2.0 ** rng.integers(0, 10, (count, 2))),
+        doubt=np.ones(count),
     )
 
 

@@ -1,6 +1,6 @@
 """How many measurements a search needs: ours against Optuna's samplers, on recorded surfaces.
 
-    python benchmarks/search_efficiency.py --measurements measured_serving.csv --predictions predictions.csv
+    python benchmarks/search_efficiency.py --measurements measured_serving.csv
 
 Every sampler sees identical answers. See docs/search.md for how tables are made, how samplers are shown a table and how
 hypervolume is counted.
@@ -29,7 +29,7 @@ from rich.table import Table as RichTable
 
 from benchmarks.search.figures import EARLY, TARGETS, Run, Yardstick, replay
 from benchmarks.search.modelled import CorrectedSearch, Modelled, learn_priors, model_order, with_prior
-from benchmarks.search.priors import Prior, reference_prior
+from benchmarks.search.priors import Prior, file_prior, own_prior
 from benchmarks.search.samplers import random_order, sampler_order
 from benchmarks.search.tables import Recording, measured_tables, read_measurements
 from perf_model.surrogate import HyperPrior
@@ -188,7 +188,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--measurements", type=Path, help="serving runs with the columns of measured_serving.csv")
-    parser.add_argument("--predictions", type=Path, help="raw predictions of those rows: id, ttft_ms, tpot_ms")
+    parser.add_argument(
+        "--predictions", type=Path, help="raw predictions in place of our model's: id, ttft_ms, tpot_ms"
+    )
+    parser.add_argument("--tables", type=Path, help="operation tables of our model; the installed ones by default")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--gp-seeds", type=int, default=3, help="Optuna's GP takes minutes a run; 0 leaves it out")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
@@ -201,12 +204,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark."""
     options = parse(arguments)
-    if options.measurements is None or options.predictions is None:
-        print("give --measurements and --predictions", file=sys.stderr)
+    if options.measurements is None:
+        print("give --measurements", file=sys.stderr)
         return 2
     rows = read_measurements(options.measurements)
     recording = measured_tables(rows, assume_one_worker=options.assume_one_worker)
-    prior = reference_prior(rows, options.predictions)
+    if options.predictions:
+        prior = file_prior(rows, options.predictions)
+    else:
+        prior = own_prior(rows, options.measurements, options.tables)
     searchers = {OURS: options.seeds, MODEL: 1, RANDOM: options.seeds, NSGA2: options.seeds, "tpe": options.seeds}
     if options.gp_seeds and find_spec("torch") is None:
         print("Optuna's GP sampler needs torch, which is not installed: left out (pip install torch)", file=sys.stderr)

@@ -8,10 +8,11 @@ type, precision, ...) in which two candidates differ, d_s and d_l their distance
       + trend^2 * rho^m * exp(-d_s^2 / 2 l_s^2 - d_l^2 / 2 l_l^2)   smooth in size and load
       + noise^2 * [same observation]
 
-Without observations the correction is zero and the standard deviation that of the prior. Hyperparameters maximise the
-marginal likelihood times a log-normal prior (Rasmussen and Williams, 2006, sections 2.2 and 5.4), so that a dozen
-measurements move them little and some hundred decide. Outliers are told by their leave-one-out residual (ibid.,
-equation 5.12) and count with a larger noise, which bounds their influence as Huber's estimator does.
+each part but the noise times the doubts of both candidates. Without observations the correction is zero and the
+standard deviation that of the prior. Hyperparameters maximise the marginal likelihood times a log-normal prior
+(Rasmussen and Williams, 2006, sections 2.2 and 5.4), so that a dozen measurements move them little and some hundred
+decide. Outliers are told by their leave-one-out residual (ibid., equation 5.12) and count with a larger noise, which
+bounds their influence as Huber's estimator does.
 """
 
 from __future__ import annotations
@@ -42,17 +43,20 @@ class Features:
     """What the surrogate sees of n candidates.
 
     `categories` (n, c) holds an integer code for each name, `sizes` (n, s) natural logarithms of parallel sizes and
-    numeric options, `loads` (n, l) natural logarithms of the load, in total and per device.
+    numeric options, `loads` (n, l) natural logarithms of the load, in total and per device. `doubt` (n,) multiplies how
+    wrong the model may be: 1 where it predicts as usual, more where it had to guess.
     """
 
     categories: IntArray
     sizes: FloatArray
     loads: FloatArray
+    doubt: FloatArray
 
     def __post_init__(self) -> None:
-        counts = {len(self.categories), len(self.sizes), len(self.loads)}
+        counts = {len(self.categories), len(self.sizes), len(self.loads), len(self.doubt)}
         require(len(counts) == 1, f"features have {sorted(counts)} rows; give one row per candidate in each")
         require(bool(np.isfinite(self.sizes).all()), "a size is not finite; encode an absent one as 0")
+        require(bool((self.doubt > 0).all()), "doubt must be above 0; it is 1 where the model predicts as usual")
         require(bool(np.isfinite(self.loads).all()), "a load is not finite; predict every candidate first")
 
     def __len__(self) -> int:
@@ -62,7 +66,12 @@ class Features:
     def take(self, rows: ArrayLike) -> Features:
         """The candidates in `rows` (indices or a mask)."""
         index = np.asarray(rows)
-        return Features(categories=self.categories[index], sizes=self.sizes[index], loads=self.loads[index])
+        return Features(
+            categories=self.categories[index],
+            sizes=self.sizes[index],
+            loads=self.loads[index],
+            doubt=self.doubt[index],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +125,7 @@ class _Distances:
     mismatches: FloatArray
     size: FloatArray
     load: FloatArray
+    doubt: FloatArray
 
 
 def _squared(first: FloatArray, second: FloatArray) -> FloatArray:
@@ -131,14 +141,15 @@ def _distances(first: Features, second: Features) -> _Distances:
         mismatches=mismatches,
         size=_squared(first.sizes, second.sizes),
         load=_squared(first.loads, second.loads),
+        doubt=np.outer(first.doubt, second.doubt),
     )
 
 
-def _parts(gap: _Distances, hyper: Hyperparameters) -> tuple[float, FloatArray, FloatArray]:
+def _parts(gap: _Distances, hyper: Hyperparameters) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Bias, level and trend parts of the kernel; the noise is not among them."""
-    alike = np.exp(gap.mismatches * np.log(hyper.rho))
+    alike = gap.doubt * np.exp(gap.mismatches * np.log(hyper.rho))
     near = np.exp(-0.5 * gap.size / hyper.size_scale**2 - 0.5 * gap.load / hyper.load_scale**2)
-    return hyper.bias**2, hyper.level**2 * alike, hyper.trend**2 * alike * near
+    return hyper.bias**2 * gap.doubt, hyper.level**2 * alike, hyper.trend**2 * alike * near
 
 
 def _kernel(gap: _Distances, hyper: Hyperparameters) -> FloatArray:
@@ -146,8 +157,8 @@ def _kernel(gap: _Distances, hyper: Hyperparameters) -> FloatArray:
     return bias + level + trend
 
 
-def _prior_variance(hyper: Hyperparameters) -> float:
-    return hyper.bias**2 + hyper.level**2 + hyper.trend**2
+def _prior_variance(features: Features, hyper: Hyperparameters) -> FloatArray:
+    return (hyper.bias**2 + hyper.level**2 + hyper.trend**2) * features.doubt**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +198,7 @@ class Surrogate:
 
     def correct(self, features: Features) -> Correction:
         """Correction of `features`, without the noise of a new measurement."""
-        prior = np.full(len(features), _prior_variance(self.hyper))
+        prior = _prior_variance(features, self.hyper)
         cross = self.covariance(self.features, features)
         solved = solve_triangular(self.factor, cross, lower=True, check_finite=False) if len(cross) else cross
         variance = np.maximum(prior - (solved**2).sum(0), 1e-12)
@@ -311,7 +322,7 @@ def negative_log_likelihood(hyper: Hyperparameters, gap: _Distances, target: Flo
     in_trend = outer * trend
     gradient = -0.5 * np.array(
         [
-            2 * bias * outer.sum(),
+            2 * (outer * bias).sum(),
             2 * (outer * level).sum(),
             2 * in_trend.sum(),
             2 * hyper.noise**2 * np.trace(outer),

@@ -28,6 +28,8 @@ from studies.acquisition import (
 )
 
 TWO_SIDED_90 = 1.6449
+GUESS_DOUBT = 3.0
+"""How much more wrong a prediction may be that stands in for one which the model refuses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ def with_prior(table: Table, log_mean: np.ndarray, filled: np.ndarray) -> Modell
         categories=np.array(codes, dtype=np.int64).T,
         sizes=np.column_stack(sizes),
         loads=np.column_stack([load, load - np.log(table.gpus)]),
+        doubt=np.where(filled, GUESS_DOUBT, 1.0),
     )
     return Modelled(table=table, log_mean=log_mean, features=features)
 

@@ -8,18 +8,22 @@ which throughput follows; a surface holds it measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from perf_model.runs import run_layout
+
 TTFT, TPOT, THROUGHPUT = "ttft_mean_ms", "tpot_mean_ms", "output_tokens_per_s_per_gpu"
 OBJECTIVES = (THROUGHPUT, "output_tokens_per_s_per_user", TTFT)
 MAXIMISED = np.array([True, True, False])
 ROLES = {"agg": ("",), "disagg": ("prefill_", "decode_")}
 SIZES = ("tp_size", "pp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size", "num_workers")
+"""What is recorded of each role; order as in `_sizes`."""
 CATEGORIES = ("mode", "system", "engine", "precision", "engine_version", "gemm_quant_mode", "moe_quant_mode")
 GROUP = ("model", "isl", "osl")
 
@@ -93,30 +97,38 @@ class Recording:
 
 
 def read_measurements(path: Path) -> pd.DataFrame:
-    """Rows of a file with the columns of `measured_serving.csv`, with `load` and `gpus` completed.
+    """Rows of a file with the columns of the public file of runs, sizes and loads completed, and `gpus` added.
 
-    `concurrency` is filled from the batch of the decode workers where it is not recorded. Zero sizes mean "does not
-    apply" and read as 1.
+    Sizes are read by `perf_model.runs.run_layout`, which undoes the products that some rows hold in place of sizes.
+    `concurrency` is filled from the batch of the decode workers where it is not recorded.
     """
     raw = pd.read_csv(path)
-    names = [prefix + size for roles in ROLES.values() for prefix in roles for size in SIZES]
-    raw = raw.reindex(columns=[*raw.columns, *(name for name in names if name not in raw.columns)])
-    aggregated = raw["mode"] == "agg"
-    raw.loc[aggregated, "num_workers"] = raw.loc[aggregated, "num_workers"].fillna(1)
-    sizes = raw[names].astype(float).replace(0, 1)
-    completed = raw.assign(**{name: sizes[name] for name in names})
-    for mode, prefixes in ROLES.items():
-        for prefix in prefixes:
-            for size in SIZES[:-1]:
-                rows = raw["mode"] == mode
-                completed.loc[rows, prefix + size] = completed.loc[rows, prefix + size].fillna(1)
+    texts = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+    sizes = pd.DataFrame([_sizes(row) for row in texts], index=raw.index).astype(float)
+    kept = raw.drop(columns=[name for name in sizes if name in raw])
+    completed = pd.concat([kept, sizes], axis=1)
     completed[list(CATEGORIES)] = completed[list(CATEGORIES)].fillna("").astype(str)
     return completed.assign(concurrency=_concurrency(completed), gpus=_gpus(completed))
 
 
+def _sizes(row: Mapping[str, str]) -> dict[str, float]:
+    """The columns of SIZES for every role of the row's mode, NaN for the others and for workers not recorded."""
+    sizes = {prefix + size: math.nan for prefixes in ROLES.values() for prefix in prefixes for size in SIZES}
+    for prefix in ROLES[row["mode"]]:
+        layout = run_layout(row, prefix)
+        workers = float(row.get(f"{prefix}num_workers") or math.nan) if prefix else 1.0
+        values = (layout.tp, layout.pp, layout.dp, layout.moe_tp, layout.ep, workers)
+        sizes |= {prefix + size: float(value) for size, value in zip(SIZES, values, strict=True)}
+    return sizes
+
+
 def _concurrency(rows: pd.DataFrame) -> pd.Series:
+    for name in ("decode_batch_size", "batch_size"):
+        if name not in rows:
+            rows = rows.assign(**{name: math.nan})
+    mixed = rows["batch_size"] * rows["attention_dp_size"] * rows["pp_size"]
     decode = rows["decode_batch_size"] * rows["decode_num_workers"] * rows["decode_attention_dp_size"]
-    return rows["concurrency"].fillna(decode)
+    return rows["concurrency"].fillna(decode).fillna(mixed)
 
 
 def _gpus(rows: pd.DataFrame) -> pd.Series:

@@ -20,6 +20,7 @@ def make_features(count: int, seed: int = 0, categories: int = 3) -> Features:
         categories=rng.integers(0, 3, (count, categories)),
         sizes=np.log(2.0 ** rng.integers(0, 4, (count, 2))),
         loads=np.log(2.0 ** rng.integers(0, 9, (count, 2))),
+        doubt=np.ones(count),
     )
 
 
@@ -87,12 +88,12 @@ def test_measuring_never_widens_what_is_believed(seed: int, count: int) -> None:
     after = surrogate.condition(features.take(np.arange(count)), target[:count], hyper)
     if (before.noise_variance == hyper.noise**2).all() and (after.noise_variance == hyper.noise**2).all():
         assert (after.correct(new).stddev <= before.correct(new).stddev + 1e-9).all()
-    assert (after.correct(new).stddev <= np.sqrt(surrogate._prior_variance(hyper)) + 1e-9).all()
+    assert (after.correct(new).stddev <= np.sqrt(surrogate._prior_variance(new, hyper)) + 1e-9).all()
 
 
 def test_knows_what_it_has_seen_and_doubts_what_is_far() -> None:
     features = make_features(1)
-    far = Features(categories=features.categories + 9, sizes=features.sizes + 9, loads=features.loads + 20)
+    far = replace(features, categories=features.categories + 9, sizes=features.sizes + 9, loads=features.loads + 20)
     found = surrogate.condition(features, [0.7], Hyperparameters(noise=0.02))
     here, there = found.correct(features), found.correct(far)
     assert here.mean[0] == pytest.approx(0.7, abs=0.02)
@@ -137,6 +138,15 @@ def test_one_outlier_does_not_drag_the_rest() -> None:
     found = surrogate.condition(features, spoilt, hyper)
     assert found.noise_variance[7] > 10 * hyper.noise**2
     assert np.abs(found.correct(others).mean - clean).max() < 0.1
+
+
+def test_where_the_model_guesses_it_is_corrected_more_readily() -> None:
+    features = make_features(1)
+    doubtful = replace(features, doubt=np.array([3.0]))
+    usual, guessed = (surrogate.condition(f, [1.0], Hyperparameters(noise=0.3)) for f in (features, doubtful))
+    assert guessed.correct(doubtful).mean > usual.correct(features).mean
+    empty = surrogate.condition(features.take(np.array([], dtype=int)), [], Hyperparameters())
+    assert empty.correct(doubtful).stddev == pytest.approx(3 * empty.correct(features).stddev)
 
 
 def test_learn_finds_the_scale_of_errors() -> None:

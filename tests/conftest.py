@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support import postgres
 from tests.support.ray_problem import POOL
 
 if TYPE_CHECKING:
@@ -24,3 +25,13 @@ def ray_cluster() -> Iterator[RayCluster]:
 
     with connect(None, [POOL], trials_at_once=2) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[postgres.PostgresServer]:
+    """A PostgreSQL server of the session; tests that use it are skipped, with the reason, where none can be started."""
+    reason = postgres.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    with postgres.postgres_server() as server:
+        yield server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 
 import optuna
@@ -197,6 +198,32 @@ class StorageContract:
         again = resumed.ask()
         assert (again.candidate, again.attempt) == (proposal.candidate, 2)
         assert [trial.retry_of for trial in resumed.trials()].count(proposal.trial_number) == 1
+
+    def test_eight_trials_in_flight_are_asked_and_told_in_any_order(self, url: str, tmp_path: Path) -> None:
+        """As many as a busy cluster has: no candidate twice, none stranded, every generation full before the next."""
+        space = wide_space(toy_problem())
+        setup = toy_setup(tmp_path, space=space, in_flight=8, budget_trials=60)
+        with create_study(open_storage(url), setup) as study:
+            order = random.Random(3)
+            flying: list[Proposal] = []
+            while study.progress().finished < 60:
+                while len(flying) < 8 and study.progress().finished + len(flying) < 60:
+                    flying.append(study.ask(warm=tuple(proposal.candidate.config for proposal in flying[:2])))
+                assert study.progress().running == len(flying)
+                proposal = flying.pop(order.randrange(len(flying)))
+                lost = order.random() < 0.1 and proposal.attempt == 1
+                told = study.tell(proposal, LOST_NODE) if lost else tell(study, proposal)
+                assert told.status is (TrialStatus.LOST if lost else TrialStatus.MEASURED)
+        trials = StudyHistory(open_storage(url), "toy").trials()
+        finished = [trial.key for trial in trials if trial.is_finished]
+        assert len(finished) == len(set(finished)) == 60
+        lost_trials = [trial for trial in trials if trial.status is TrialStatus.LOST]
+        assert len(lost_trials) >= 3
+        assert {trial.retry_of for trial in trials} - {None} == {trial.number for trial in lost_trials}
+        assert {trial.lease for trial in trials} == {study.lease.id}
+        bred = [trial.system_attrs["NSGAIISampler:generation"] for trial in optuna_study(url).get_trials()]
+        assert bred == sorted(bred)
+        assert max(bred) == 1
 
     def test_another_study_file_is_refused_with_the_difference(self, url: str, tmp_path: Path, study: Study) -> None:
         study.close()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.contracts.storage_contract import StorageContract
+from tests.support.postgres import PostgresServer
 
 
 class TestSqlite(StorageContract):
@@ -19,3 +20,9 @@ class TestJournalFile(StorageContract):
     @pytest.fixture
     def url(self, tmp_path: Path) -> str:
         return f"journal://{tmp_path}/folder/study.journal"
+
+
+class TestPostgresql(StorageContract):
+    @pytest.fixture
+    def url(self, postgres_server: PostgresServer) -> str:
+        return postgres_server.new_database()

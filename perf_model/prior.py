@@ -1,0 +1,285 @@
+"""What public measured runs teach the model: correction factors with uncertainty, shipped as a small data file.
+
+The logarithm of measured over predicted is a sum of effects of nested groups: all runs, engine, engine and precision,
+kind of model, GPU generation, model, system, and so on to one model on one system with one engine, precision, layout
+and pair of lengths. Each group has an offset and some have slopes in load and lengths; all are shrunk to zero, the wide
+groups most. What is known of a group corrects its members; a model or system that was never measured keeps the
+prediction of the operation model, apart from the little that holds for every model (measured: wider corrections make
+unseen models worse).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from perf_model.numeric import FloatArray, floats
+from perf_model.precision import Precision
+from perf_model.runs import Run
+from perf_model.silicon import ReplicaKey
+from perf_model.validate import Predicted
+from search_spaces.errors import InvalidValueError, require
+from search_spaces.model import LatentAttention, LinearAttention, ModelSpec, MoeFeedForward
+from search_spaces.serving import Mode
+
+SHIPPED = Path(__file__).parent / "data" / "silicon_prior.json"
+FORMAT = 1
+METRICS = ("ttft", "tpot")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A replica as the prior knows it; the decode replica where prefill has its own. All but the sizes are words.
+
+    `model` tells models of one architecture apart by their sizes, not by their names, so that copies of a checkpoint
+    share what was learned.
+    """
+
+    model: str
+    kind: str
+    system: str
+    engine: str
+    precision: str
+    mode: Mode
+    tp: int
+    dp: int
+    ep: int
+
+    @property
+    def served_by(self) -> str:
+        """Engine, and how it serves."""
+        return self.engine if self.mode is Mode.AGGREGATED else f"{self.engine} {self.mode.value}"
+
+
+def subject(key: ReplicaKey, mode: Mode) -> Subject:
+    """The replica of `key` serving in `mode`."""
+    return Subject(
+        model=model_word(key.model),
+        kind=kind_word(key.model),
+        system=key.system,
+        engine=key.engine,
+        precision=precision_word(key.precision),
+        mode=mode,
+        tp=key.layout.tp,
+        dp=key.layout.dp,
+        ep=key.layout.ep,
+    )
+
+
+def run_subject(run: Run) -> Subject:
+    """The (decode) replica of a measured run."""
+    return subject(
+        ReplicaKey(
+            model=run.model,
+            system=run.system,
+            engine=run.engine,
+            layout=run.pools[-1].layout,
+            precision=run.precision,
+        ),
+        run.mode,
+    )
+
+
+def model_word(model: ModelSpec) -> str:
+    """Architecture and sizes of `model`."""
+    return f"{model.architecture or 'unknown'} {model.num_layers}x{model.hidden_size}"
+
+
+def kind_word(model: ModelSpec) -> str:
+    """What most sets the operations of `model` apart."""
+    if any(isinstance(group.attention, LatentAttention) for group in model.layers):
+        return "latent attention"
+    if any(isinstance(group.attention, LinearAttention) for group in model.layers):
+        return "linear attention"
+    experts = any(isinstance(group.feed_forward, MoeFeedForward) for group in model.layers)
+    return "experts" if experts else "dense"
+
+
+def precision_word(precision: Precision) -> str:
+    """The narrowest kind of weight: of the experts or, where they are not quantised, of the other products."""
+    held = precision.gemm if precision.moe == "bfloat16" else precision.moe
+    return {"bfloat16": "bf16", "fp8_block": "fp8", "nvfp4": "fp4", "int4_wo": "int4", "int8_wo": "int8"}.get(
+        held, held
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Occasion:
+    """Loads of one subject and what the model predicts there; arrays of one shape.
+
+    `users` requests in flight on an attention rank (the mean where arrivals are open), mean `isl` and `osl` in tokens,
+    predicted mean latencies in ms.
+    """
+
+    users: FloatArray
+    isl: FloatArray
+    osl: FloatArray
+    ttft_ms: FloatArray
+    tpot_ms: FloatArray
+
+
+# Slopes, each a function of an occasion that is near zero in the middle of the measured runs.
+BASES = ("offset", "users", "isl", "tp", "share")
+
+
+def basis(name: str, who: Subject, at: Occasion) -> FloatArray:
+    """Values of one of `BASES`: 1, ln users, ln isl, ln tp, ln(tpot / ttft), all centred."""
+    if name == "users":
+        return np.log(np.maximum(at.users, 1.0)) - 3.0
+    if name == "isl":
+        return np.log(at.isl) - 7.5
+    if name == "tp":
+        return np.full_like(at.isl, math.log(who.tp) - 1.0)
+    if name == "share":
+        return np.log(at.tpot_ms / at.ttft_ms) + 2.5
+    return np.ones_like(at.isl)
+
+
+def group_words(who: Subject) -> dict[str, str]:
+    """The groups that `who` belongs to, from wide to narrow, apart from those of lengths (see `lengths_word`)."""
+    engine = who.served_by
+    generation = "hopper" if who.system.startswith("h") else "ampere" if who.system.startswith("a") else "blackwell"
+    one = (who.model, who.system, engine, who.precision)
+    return {
+        "all": "all",
+        "engine": engine,
+        "engine, precision": _joined(engine, who.precision),
+        "engine, kind": _joined(engine, who.kind),
+        "engine, generation": _joined(engine, generation),
+        "engine, parallel attention": _joined(engine, str(who.dp > 1)),
+        "model": who.model,
+        "model, engine": _joined(who.model, engine),
+        "one": _joined(*one),
+        "layout": _joined(*one, f"tp{who.tp} dp{who.dp} ep{who.ep}"),
+    }
+
+
+LENGTHS = "lengths"
+
+
+def lengths_word(who: Subject, isl: float, osl: float) -> str:
+    """The group of a subject's runs of the same lengths, whatever its layout."""
+    return _joined(group_words(who)["one"], f"{isl:g}/{osl:g}")
+
+
+def _joined(*words: str) -> str:
+    return " | ".join(words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricPrior:
+    """Effects on one metric: level -> basis -> group -> natural-log units.
+
+    The sum is kept within `lowest` .. `highest`. `known_log_sd` is the standard deviation of the logarithm of measured
+    over corrected for members of a measured group "one", `unknown_log_sd` for the others (both from left-out runs).
+    """
+
+    effects: Mapping[str, Mapping[str, Mapping[str, float]]]
+    lowest: float
+    highest: float
+    known_log_sd: float
+    unknown_log_sd: float
+
+    def __post_init__(self) -> None:
+        require(self.lowest <= 0 <= self.highest, f"limits {self.lowest}..{self.highest} must hold 0")
+        sds = (self.known_log_sd, self.unknown_log_sd)
+        require(min(sds) > 0, f"standard deviations {sds} must be positive")
+
+    def log_factor(self, who: Subject, at: Occasion) -> FloatArray:
+        """Natural logarithm of the correction."""
+        words = group_words(who)
+        total = np.zeros_like(at.isl)
+        for level, slopes in self.effects.items():
+            for name, groups in slopes.items():
+                effect = self._by_lengths(groups, who, at) if level == LENGTHS else groups.get(words[level], 0.0)
+                if np.any(effect):
+                    total = total + effect * basis(name, who, at)
+        return np.clip(total, self.lowest, self.highest)
+
+    @staticmethod
+    def _by_lengths(groups: Mapping[str, float], who: Subject, at: Occasion) -> FloatArray:
+        pairs, place = np.unique(np.stack([at.isl.ravel(), at.osl.ravel()]), axis=1, return_inverse=True)
+        values = [groups.get(lengths_word(who, isl, osl), 0.0) for isl, osl in pairs.T]
+        return np.array(values)[place.ravel()].reshape(at.isl.shape)
+
+    def log_sd(self, who: Subject) -> float:
+        """Standard deviation of the logarithm of measured over corrected."""
+        known = any(group_words(who)["one"] in groups for groups in self.effects.get("one", {}).values())
+        return self.known_log_sd if known else self.unknown_log_sd
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """Factors on mean TTFT and TPOT, and the standard deviations of the logarithms that remain; arrays of one shape."""
+
+    ttft_factor: FloatArray
+    tpot_factor: FloatArray
+    ttft_log_sd: FloatArray
+    tpot_log_sd: FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prior:
+    """Corrections of both metrics and where they come from."""
+
+    ttft: MetricPrior
+    tpot: MetricPrior
+    provenance: Mapping[str, str]
+
+    @classmethod
+    def load(cls, path: Path = SHIPPED) -> Prior:
+        """The prior in `path`, the shipped one by default; raises `InvalidValueError` for another file."""
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+            if held["format"] != FORMAT:
+                raise InvalidValueError(f"{path} has format {held['format']}; this version reads format {FORMAT}")
+            metrics = {name: MetricPrior(**held[name]) for name in METRICS}
+            return cls(**metrics, provenance=held["provenance"])
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise InvalidValueError(
+                f"{path} holds no prior ({error}); make one with benchmarks/fit_prior.py or set calibration: none"
+            ) from error
+
+    def save(self, path: Path) -> None:
+        """Write the prior as JSON."""
+        held = {"format": FORMAT, "provenance": dict(self.provenance)}
+        for name, metric in self._metrics.items():
+            held[name] = {field: getattr(metric, field) for field in MetricPrior.__dataclass_fields__}
+        path.write_text(json.dumps(held, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+    @cached_property
+    def _metrics(self) -> dict[str, MetricPrior]:
+        return {"ttft": self.ttft, "tpot": self.tpot}
+
+    def apply(self, who: Subject, at: Occasion) -> Correction:
+        """Corrections of one subject under many loads."""
+        shape = at.isl.shape
+        return Correction(
+            ttft_factor=np.exp(self.ttft.log_factor(who, at)),
+            tpot_factor=np.exp(self.tpot.log_factor(who, at)),
+            ttft_log_sd=np.full(shape, self.ttft.log_sd(who)),
+            tpot_log_sd=np.full(shape, self.tpot.log_sd(who)),
+        )
+
+    def correct(self, predicted: Sequence[Predicted]) -> list[tuple[float, float]]:
+        """Corrected mean TTFT and TPOT of each measured run (what `validate` takes)."""
+        values = []
+        for p in predicted:
+            found = self.apply(run_subject(p.run), occasion(p))
+            values.append((p.ttft_ms * float(found.ttft_factor[0]), p.tpot_ms * float(found.tpot_factor[0])))
+        return values
+
+
+def occasion(predicted: Predicted) -> Occasion:
+    """The load of a measured run and what was predicted, as arrays of one element."""
+    run, pool = predicted.run, predicted.run.pools[-1]
+    users = run.concurrency / (pool.layout.dp * pool.layout.pp * pool.replicas)
+    values = (users, run.isl, run.osl, predicted.ttft_ms, predicted.tpot_ms)
+    users_, isl, osl, ttft, tpot = (floats([value]) for value in values)
+    return Occasion(users=users_, isl=isl, osl=osl, ttft_ms=ttft, tpot_ms=tpot)

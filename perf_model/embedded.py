@@ -9,7 +9,7 @@ import numpy as np
 from perf_model.batch import StepBatch
 from perf_model.engine_traits import EngineTraits
 from perf_model.numeric import FloatArray
-from perf_model.roofline import Roof, attention_pairs, gemm_ms
+from perf_model.roofline import Roof, attention_pairs
 from search_spaces.errors import InvalidValueError
 from search_spaces.hardware import Device
 from search_spaces.model import Attention, LayerGroup, ModelSpec
@@ -40,14 +40,7 @@ class EmbeddedSteps:
         for group in self.model.layers:
             gemm = gemm + group.count * self._layer_gemm_ms(group, batch)
             attention = attention + group.count * self._layer_attention_ms(group, batch)
-        head = gemm_ms(
-            self._roof(self.traits.gemm_efficiency),
-            batch.outputs,
-            self.model.vocab_size,
-            self.model.hidden_size,
-            self._weight_bytes,
-            ACTIVATION_BYTES,
-        )
+        head = self._product_ms(batch.outputs, float(self.model.vocab_size * self.model.hidden_size))
         fixed = self.traits.step_ms * (batch.tokens > 0) + self.traits.sequence_ms * batch.outputs
         return {"gemm": gemm, "attention": attention, "logits": head, "overhead": fixed}
 
@@ -66,9 +59,18 @@ class EmbeddedSteps:
     def _layer_gemm_ms(self, group: LayerGroup, batch: StepBatch) -> FloatArray:
         hidden = self.model.hidden_size
         weights = group.attention.parameters(hidden) + group.feed_forward.parameters(hidden)
-        reads = np.ceil(batch.tokens / self.ubatch_size)
+        return self._product_ms(batch.tokens, float(weights))
+
+    def _product_ms(self, rows: FloatArray, weights: float) -> FloatArray:
+        """`rows` tokens times matrices of `weights` weights.
+
+        Few rows reach a fraction rows / (rows + half) of the arithmetic rate, but never take longer than one at a time.
+        """
         roof = self._roof(self.traits.gemm_efficiency)
-        return roof.time_ms(2.0 * batch.tokens * weights, reads * weights * self._weight_bytes)
+        once = roof.time_ms(np.zeros_like(rows), np.full_like(rows, weights * self._weight_bytes))
+        reads = once * np.ceil(rows / self.ubatch_size)
+        arithmetic = roof.time_ms(2.0 * weights * (rows + self.traits.half_rate_rows), np.zeros_like(rows))
+        return np.where(rows > 0, np.maximum(reads, np.minimum(rows * once, arithmetic)), 0.0)
 
     def _layer_attention_ms(self, group: LayerGroup, batch: StepBatch) -> FloatArray:
         attention = group.attention

@@ -15,6 +15,7 @@ class EngineTraits:
     its bandwidth.
     A step costs `step_ms` besides its operations, and `sequence_ms` for each row of logits (sampling, streaming). A
     request costs `request_ms` before its prefill and `handover_ms` besides the bytes when its KV cache changes hands.
+    Matrix products of `half_rate_rows` rows reach half of their rate.
     Work on c cores runs `c ** thread_exponent` times as fast as on one. `reserve_bytes` is what the process takes.
     """
 
@@ -26,13 +27,15 @@ class EngineTraits:
     request_ms: float
     handover_ms: float
     thread_exponent: float
+    half_rate_rows: float
     reserve_bytes: float
 
 
 # Fitted by hand to runs of llama.cpp (f16 weights, one thread) on a Xeon of 2023 with 24M and 98M parameters: 36-39
-# GFLOP/s of prefill where numpy's sgemm does 107, 8.8-9.2 GB/s of weights in decode.
+# GFLOP/s of prefill where numpy's sgemm does 107, 8.8-9.2 GB/s of weights in decode of one sequence, and 2, 4, 8
+# sequences that take 2.2, 3.2, 4.9 times as long as one.
 LLAMACPP_ON_CPU = EngineTraits(
-    gemm_efficiency=0.35,
+    gemm_efficiency=0.36,
     attention_efficiency=0.12,
     memory_efficiency=0.9,
     step_ms=0.4,
@@ -40,6 +43,7 @@ LLAMACPP_ON_CPU = EngineTraits(
     request_ms=4.0,
     handover_ms=20.0,
     thread_exponent=0.85,
+    half_rate_rows=8.0,
     reserve_bytes=120e6,
 )
 

@@ -26,12 +26,6 @@ class Roof:
         return 1e3 * np.maximum(flop / self.flops, traffic_bytes / self.memory_bandwidth)
 
 
-def gemm_ms(roof: Roof, m: FloatArray, n: float, k: float, weight_bytes: float, activation_bytes: float) -> FloatArray:
-    """An (m, k) x (k, n) product. Bytes are per element; no row means no time."""
-    traffic = np.where(m > 0, n * k * weight_bytes, 0.0) + m * (n + k) * activation_bytes
-    return roof.time_ms(2.0 * m * n * k, traffic)
-
-
 def attention_pairs(tokens: FloatArray, seqs: FloatArray, context: FloatArray, window: int | None) -> FloatArray:
     """Query-key pairs of causal attention: `tokens` in `seqs` equal parts, each after `context` cached tokens.
 

@@ -16,7 +16,7 @@ the others. So TPOT = t, TTFT = (a/2 + p + W) t + added, and a cycle takes K d +
 Where attention is data-parallel, ranks step together, so a step is as long as the longest of theirs.
 
 Requests sent all at once (a first wave; or users who stay in step because lengths do not vary) go through in n = b s
-full steps, (n+1)/2 of them on average.
+full steps, (n+1)/2 of them on average, and decode among the (n-1)/2 that are left.
 
 Open loop (Poisson): the same server, W = s u / (2 (1-u)) with u = rate t s (Pollaczek-Khinchine) and
 t = d / (1 - rate added).
@@ -127,6 +127,31 @@ class _State:
     use: FloatArray
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Wave:
+    """Wait of requests that are sent all at once, beyond their own prefill: even between `least_ms` and a width more.
+
+    Both are times the share of such requests, so that means are right; quantiles are those of one mixed population.
+    """
+
+    least_ms: FloatArray
+    width_ms: FloatArray
+
+    @property
+    def mean_ms(self) -> FloatArray:
+        """Mean over all requests."""
+        return self.least_ms + self.width_ms / 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Waits:
+    """Waits before the first token: for room in steps, for a slot, in a wave."""
+
+    queue_ms: FloatArray
+    slot_ms: FloatArray
+    wave: _Wave
+
+
 def stage(service: FloatArray, elsewhere: FloatArray, users: FloatArray) -> FloatArray:
     """Time in a queue and its server (f of the module's text) among `users` (at least 1), in any unit of time."""
     b = np.maximum(users, 1.0)
@@ -198,29 +223,33 @@ def _closed(steps: StepTimes, load: RankLoad) -> ServingEstimate:
     alone = state.at.pieces * mean_step + state.at.added_ms
     wave_steps = np.maximum(running * state.at.service, 1.0)
     full_step = state.at.step_ms + state.at.added_ms * running / wave_steps
-    burst = np.maximum((wave_steps + 1.0) / 2.0 * full_step - alone, 0.0)
-    queue = queue + load.burst_share * np.maximum(burst - queue, 0.0)
+    wave = _Wave(
+        least_ms=load.burst_share * np.maximum(full_step - alone, 0.0),
+        width_ms=load.burst_share * (wave_steps - 1.0) * full_step,
+    )
+    queue = (1.0 - load.burst_share) * queue
     look = (running > 1.0) * load.admission_steps / 2.0 * mean_step
-    residence = look + alone + queue + load.decode_steps * mean_step
+    in_wave = state.at.step_ms + (wave_steps - 1.0) / 2.0 * (full_step - state.at.step_ms) / load.decode_steps
+    mean_step = mean_step + load.burst_share * np.minimum(in_wave - mean_step, 0.0)
+    state = replace(state, mean_step_ms=mean_step)
+    residence = look + alone + queue + wave.mean_ms + load.decode_steps * mean_step
     slot_wait = residence * np.maximum(load.users / running - 1.0, 0.0)
     requests_per_s = 1e3 * np.maximum(load.users, 1e-9) / (load.request_ms + residence + slot_wait)
-    return _estimate(load, state, queue, slot_wait, requests_per_s)
+    return _estimate(load, state, _Waits(queue_ms=queue, slot_ms=slot_wait, wave=wave), requests_per_s)
 
 
-def _estimate(
-    load: RankLoad, state: _State, queue: FloatArray, slot_wait: FloatArray, requests_per_s: FloatArray
-) -> ServingEstimate:
+def _estimate(load: RankLoad, state: _State, waits: _Waits, requests_per_s: FloatArray) -> ServingEstimate:
     at, mean_step = state.at, state.mean_step_ms
     tpot = mean_step / load.accepted
     tokens = np.maximum(load.osl - 1.0, 1.0)
     look = mean_step * load.admission_steps * (state.decode_seqs > 1.0)
     held = tpot * np.where(np.asarray(load.stream_tokens) > 1.0, load.stream_tokens, 0.0)
-    share = np.clip(np.maximum(state.use, load.burst_share), 1e-6, 1.0)
+    share = np.clip(state.use, 1e-6, 1.0)
     ttft = Latency(
-        base=load.request_ms + at.pieces * mean_step + at.added_ms + slot_wait + held,
-        width=look,
+        base=load.request_ms + at.pieces * mean_step + at.added_ms + waits.slot_ms + waits.wave.least_ms + held,
+        width=look + waits.wave.width_ms,
         wait_share=share,
-        wait_mean=queue / share,
+        wait_mean=waits.queue_ms / share,
     )
     short = at.step_ms / load.accepted
     interference = np.maximum(tpot - short, 0.0)
@@ -235,7 +264,7 @@ def _estimate(
         requests_per_s=requests_per_s,
         decode_seqs=state.decode_seqs,
         prefill_share=np.clip(interference / tpot, 0.0, 1.0),
-        queue_ms=queue + slot_wait,
+        queue_ms=waits.queue_ms + waits.slot_ms + waits.wave.mean_ms,
         overloaded=np.zeros(tpot.shape, dtype=bool),
     )
 
@@ -256,7 +285,9 @@ def _open(steps: StepTimes, load: RankLoad) -> ServingEstimate:
         decode_seqs=seqs,
         use=np.clip(use, 0.0, 1.0),
     )
-    steady = _estimate(load, state, state.queue_steps * mean_step, np.zeros_like(rate), load.rate_per_s)
+    zeros = np.zeros_like(rate)
+    waits = _Waits(queue_ms=state.queue_steps * mean_step, slot_ms=zeros, wave=_Wave(least_ms=zeros, width_ms=zeros))
+    steady = _estimate(load, state, waits, load.rate_per_s)
     return _with_backlog(steps, load, steady)
 
 

@@ -64,6 +64,7 @@ class Silicon:
     root: Path
     repair: bool = True
     hosts: Mapping[str, HostTraits] = field(default_factory=lambda: HOSTS)
+    systems: dict[str, GpuSystem] = field(default_factory=dict, compare=False, repr=False)
     _costs: dict[tuple[str, str], OperationCosts] = field(default_factory=dict, compare=False, repr=False)
     _kernels: dict[ReplicaKey, TableSteps] = field(default_factory=dict, compare=False, repr=False)
 
@@ -73,7 +74,14 @@ class Silicon:
 
     def system(self, name: str) -> GpuSystem:
         """Facts of a GPU system; raises `InvalidValueError` with the known names."""
-        return read_system(self.root, name)
+        return self.systems.get(name) or read_system(self.root, name)
+
+    def with_system(self, system: GpuSystem) -> Silicon:
+        """The same with facts of a system that the directory need not know (its operations have no tables then)."""
+        if self.systems.get(system.name) == system:
+            return self
+        self.systems[system.name] = system
+        return self
 
     def costs(self, system: str, engine: str) -> OperationCosts:
         """Times of operations on `system` with `engine`."""

@@ -1,0 +1,163 @@
+"""Groups of candidates on the embedded engine: memory fit, steps from the roofline of a core, serving."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import numpy as np
+
+from perf_model.batch import step_batch
+from perf_model.disaggregated import PairLoad, disaggregated
+from perf_model.embedded import ACTIVATION_BYTES, KV_BYTES, EmbeddedSteps
+from perf_model.engine_traits import EngineTraits, engine_traits
+from perf_model.groups import GroupAnswer, burst_share, option
+from perf_model.memory import MemoryNeed
+from perf_model.numeric import FloatArray, floats
+from perf_model.serving import RankLoad, aggregated
+from search_spaces.problem import Problem
+from search_spaces.serving import Candidate, Mode, Pool, Role
+
+
+class EmbeddedGroups:
+    """Answers groups of candidates of `problem` on the embedded engine."""
+
+    def __init__(self, problem: Problem, run_requests: float) -> None:
+        self._problem = problem
+        self._run_requests = run_requests
+
+    def layout(self, candidate: Candidate) -> Hashable:
+        """What must be equal for candidates to be computed as one array: all that is not a number in the arrays."""
+        engine = candidate.config.engine
+        return engine, tuple(
+            (
+                pool.role,
+                pool.node_pool,
+                pool.devices_per_replica,
+                option(engine, pool, "ubatch_size"),
+                option(engine, pool, "kv_cache_dtype"),
+            )
+            for pool in candidate.config.pools
+        )
+
+    def answer(self, group: list[Candidate]) -> GroupAnswer:
+        """Serving, throughput and memory fit of candidates of one layout."""
+        if group[0].config.mode is Mode.AGGREGATED:
+            return self._aggregated(group)
+        return self._disaggregated(group)
+
+    def _infeasible(self, group: list[Candidate]) -> list[str | None]:
+        reasons: list[str | None] = [None] * len(group)
+        for role in group[0].config.mode.roles:
+            need = self._memory([c.config.pool(role) for c in group], group[0].config.engine)
+            for index in np.flatnonzero(~need.fits):
+                reasons[index] = reasons[index] or f"{role} replica: {need.explain(int(index))}"
+        return reasons
+
+    def _memory(self, pools: list[Pool], engine: str) -> MemoryNeed:
+        model, traits = self._problem.model, engine_traits(engine)
+        tokens = self._problem.workload.longest_context
+        slots = floats([option(engine, pool, "max_num_seqs") for pool in pools])
+        ubatch = floats([option(engine, pool, "ubatch_size") for pool in pools])
+        kv_bytes = model.kv_bytes_per_token(KV_BYTES[str(option(engine, pools[0], "kv_cache_dtype"))])
+        widest = model.vocab_size + 8.0 * model.hidden_size
+        device = self._problem.node_pool(pools[0].node_pool).device
+        return MemoryNeed(
+            weight_bytes=np.full(len(pools), model.weight_bytes),
+            kv_bytes=slots * tokens * kv_bytes,
+            activation_bytes=ubatch * widest * ACTIVATION_BYTES,
+            reserve_bytes=np.full(len(pools), traits.reserve_bytes),
+            capacity_bytes=floats([device.memory_bytes * pool.devices_per_replica for pool in pools]),
+        )
+
+    def _steps(self, engine: str, pool: Pool) -> EmbeddedSteps:
+        return EmbeddedSteps(
+            model=self._problem.model,
+            device=self._problem.node_pool(pool.node_pool).device,
+            traits=engine_traits(engine),
+            cores=pool.devices_per_replica,
+            ubatch_size=int(option(engine, pool, "ubatch_size")),
+            kv_cache_dtype=str(option(engine, pool, "kv_cache_dtype")),
+        )
+
+    def _aggregated(self, group: list[Candidate]) -> GroupAnswer:
+        engine = group[0].config.engine
+        pools = [c.config.pool(Role.MIXED) for c in group]
+        replicas = floats([pool.replicas for pool in pools])
+        load = self._rank_load(group, pools, replicas)
+        steps = self._steps(engine, pools[0])
+        estimate = aggregated(steps, load)
+        batch = step_batch(decode_seqs=np.maximum(estimate.decode_seqs, 1.0), decode_context=load.mean_context)
+        return GroupAnswer(
+            estimate=estimate,
+            requests_per_s=estimate.requests_per_s * replicas,
+            breakdown_ms=steps.breakdown_ms(batch),
+            refused=self._infeasible(group),
+        )
+
+    def _rank_load(self, group: list[Candidate], pools: list[Pool], replicas: FloatArray) -> RankLoad:
+        engine, workload = group[0].config.engine, self._problem.workload
+        size, isl = len(group), float(workload.isl.mean)
+        return RankLoad(
+            users=floats([c.load.concurrency or 0 for c in group]) / replicas,
+            rate_per_s=floats([c.load.request_rate or 0.0 for c in group]) / replicas,
+            slots=floats([option(engine, pool, "max_num_seqs") for pool in pools]),
+            token_budget=floats([option(engine, pool, "batch_size") for pool in pools]),
+            isl=np.full(size, isl),
+            osl=np.full(size, float(workload.osl.mean)),
+            cached=np.full(size, np.floor(isl * workload.shared_prefix)),
+            request_ms=np.full(size, engine_traits(engine).request_ms),
+            run_requests=np.full(size, self._run_requests),
+            burst_share=np.full(size, burst_share(workload)),
+        )
+
+    def _disaggregated(self, group: list[Candidate]) -> GroupAnswer:
+        engine = group[0].config.engine
+        decode = self._steps(engine, group[0].config.pool(Role.DECODE))
+        prefill = self._steps(engine, group[0].config.pool(Role.PREFILL))
+        load = self._pair_load(group)
+        estimate = disaggregated(prefill, decode, load)
+        context = load.isl + load.osl / 2.0
+        batch = step_batch(decode_seqs=np.maximum(estimate.decode_seqs, 1.0), decode_context=context)
+        return GroupAnswer(
+            estimate=estimate,
+            requests_per_s=estimate.requests_per_s,
+            breakdown_ms=decode.breakdown_ms(batch),
+            refused=self._infeasible(group),
+        )
+
+    def _pair_load(self, group: list[Candidate]) -> PairLoad:
+        engine, workload = group[0].config.engine, self._problem.workload
+        traits: EngineTraits = engine_traits(engine)
+        size, isl = len(group), float(workload.isl.mean)
+        prefills = [c.config.pool(Role.PREFILL) for c in group]
+        decodes = [c.config.pool(Role.DECODE) for c in group]
+        half = self._handover_bytes(engine, prefills[0]) / self._handover_bandwidth(group[0]) / 2.0 * 1e3
+        return PairLoad(
+            users=floats([c.load.concurrency or 0 for c in group]),
+            rate_per_s=floats([c.load.request_rate or 0.0 for c in group]),
+            prefill_ranks=floats([pool.replicas for pool in prefills]),
+            decode_ranks=floats([pool.replicas for pool in decodes]),
+            decode_slots=floats([option(engine, pool, "max_num_seqs") for pool in decodes]),
+            token_budget=floats([option(engine, pool, "batch_size") for pool in prefills]),
+            isl=np.full(size, isl),
+            osl=np.full(size, float(workload.osl.mean)),
+            cached=np.full(size, np.floor(isl * workload.shared_prefix)),
+            request_ms=np.full(size, 2.0 * traits.request_ms),
+            wire_ms=np.full(size, traits.handover_ms),
+            send_ms=np.full(size, half),
+            receive_ms=np.full(size, half),
+            run_requests=np.full(size, self._run_requests),
+            burst_share=np.full(size, burst_share(workload)),
+        )
+
+    def _handover_bytes(self, engine: str, prefill: Pool) -> float:
+        per_element = KV_BYTES[str(option(engine, prefill, "kv_cache_dtype"))]
+        return self._problem.model.kv_bytes_per_token(per_element) * self._problem.workload.isl.mean
+
+    def _handover_bandwidth(self, candidate: Candidate) -> float:
+        """Bytes/s between the pools: a link inside a pool's nodes, the network between pools."""
+        source = self._problem.node_pool(candidate.config.pool(Role.PREFILL).node_pool)
+        target = self._problem.node_pool(candidate.config.pool(Role.DECODE).node_pool)
+        if source.name == target.name:
+            return source.device.link_bandwidth
+        return min(source.device.network_bandwidth, target.device.network_bandwidth)

@@ -1,0 +1,234 @@
+"""Groups of candidates on GPU engines: operation tables where the system has them, its roofline where not."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import replace
+
+import numpy as np
+
+from perf_model.batch import StepBatch, step_batch
+from perf_model.columns import Columns, columns, rank_load
+from perf_model.curves import Origin
+from perf_model.disaggregated import PairLoad, disaggregated
+from perf_model.groups import GroupAnswer, burst_share, option
+from perf_model.layout import ReplicaLayout
+from perf_model.memory import MemoryNeed
+from perf_model.numeric import FloatArray, floats
+from perf_model.precision import Precision, checkpoint_precision
+from perf_model.serving import aggregated
+from perf_model.silicon import GpuReplica, ReplicaKey, Silicon
+from perf_model.systems import GpuSystem
+from search_spaces.engines import engine_spec
+from search_spaces.hardware import NodePool
+from search_spaces.problem import Problem
+from search_spaces.serving import Candidate, Mode, OptionValue, Pool, Role
+
+# Engines that behave as another one does, and options under the names of each.
+BEHAVES_AS = {"emulated": "vllm"}
+BUDGET_OPTIONS = ("max_num_batched_tokens", "chunked_prefill_size", "max_num_tokens")
+MEMORY_OPTIONS = ("gpu_memory_utilization", "mem_fraction_static", "kv_cache_free_gpu_memory_fraction")
+HANDOVER_MS = 10.0  # meta-data exchange before a KV cache moves
+
+
+class GpuGroups:
+    """Answers groups of candidates of `problem` on GPU engines, with tables of `silicon`."""
+
+    def __init__(self, problem: Problem, silicon: Silicon, run_requests: float) -> None:
+        self._problem = problem
+        self._silicon = silicon
+        self._run_requests = run_requests
+
+    def layout(self, candidate: Candidate) -> Hashable:
+        """What must be equal for candidates to be computed as one array."""
+        engine = candidate.config.engine
+        return engine, tuple(
+            (
+                pool.role,
+                pool.node_pool,
+                pool.parallelism,
+                _find(engine, pool, ("kv_cache_dtype",)),
+                _find(engine, pool, MEMORY_OPTIONS),
+                _find(engine, pool, ("enable_prefix_caching",)),
+            )
+            for pool in candidate.config.pools
+        )
+
+    def answer(self, group: list[Candidate]) -> GroupAnswer:
+        """Serving, throughput and memory fit of candidates of one layout."""
+        if group[0].config.mode is Mode.AGGREGATED:
+            return self._aggregated(group)
+        return self._disaggregated(group)
+
+    def _replica(self, engine: str, pool: Pool) -> GpuReplica:
+        node_pool, parallel = self._problem.node_pool(pool.node_pool), pool.parallelism
+        layout = ReplicaLayout(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, ep=parallel.ep)
+        cache = "fp8" if str(_find(engine, pool, ("kv_cache_dtype",)) or "auto").startswith("fp8") else "bfloat16"
+        precision: Precision = checkpoint_precision(self._problem.model, cache=cache)
+        behaves = BEHAVES_AS.get(engine, engine)
+        silicon = self._silicon.with_system(system_of(node_pool, self._silicon))
+        replica = silicon.replica(
+            ReplicaKey(
+                model=self._problem.model,
+                system=system_name(node_pool),
+                engine=behaves,
+                layout=layout,
+                precision=precision,
+            )
+        )
+        share = _find(engine, pool, MEMORY_OPTIONS)
+        if share is None:
+            return replica
+        return replace(replica, footprint=replace(replica.footprint, memory_share=float(share)))
+
+    def _rows(self, group: list[Candidate], pools: list[Pool]) -> Columns:
+        engine, workload = group[0].config.engine, self._problem.workload
+        replicas = floats([pool.replicas for pool in pools])
+        isl = float(workload.isl.mean)
+        caches = _find(engine, pools[0], ("enable_prefix_caching",)) in {None, True}
+        users = floats([c.load.concurrency or 0 for c in group]) / replicas
+        return columns(
+            tp=pools[0].parallelism.tp,
+            pp=pools[0].parallelism.pp,
+            dp=pools[0].parallelism.dp,
+            ep=pools[0].parallelism.ep,
+            users=users,
+            rate_per_s=floats([c.load.request_rate or 0.0 for c in group]) / replicas,
+            isl=isl,
+            osl=float(workload.osl.mean),
+            cached=np.floor(isl * workload.shared_prefix) if caches else 0.0,
+            max_sequences=[float(_find(engine, pool, ("max_num_seqs",)) or 1024) for pool in pools],
+            token_budget=[float(_find(engine, pool, BUDGET_OPTIONS) or 8192) for pool in pools],
+            burst_share=burst_share(workload),
+        )
+
+    def _aggregated(self, group: list[Candidate]) -> GroupAnswer:
+        pools = [c.config.pool(Role.MIXED) for c in group]
+        replica = self._replica(group[0].config.engine, pools[0])
+        rows = self._rows(group, pools)
+        load = replace(rank_load(replica, rows), run_requests=np.full(len(group), self._run_requests))
+        estimate = aggregated(replica.steps, load)
+        ranks = replica.key.layout.dp * replica.key.layout.pp
+        batch = step_batch(decode_seqs=np.maximum(estimate.decode_seqs, 1.0), decode_context=load.mean_context)
+        return GroupAnswer(
+            estimate=estimate,
+            requests_per_s=estimate.requests_per_s * ranks * floats([pool.replicas for pool in pools]),
+            breakdown_ms=replica.steps.breakdown_ms(batch),
+            refused=_refusals(Role.MIXED, replica, rows),
+            roofline_share=_roofline_share(replica, batch),
+        )
+
+    def _disaggregated(self, group: list[Candidate]) -> GroupAnswer:
+        engine = group[0].config.engine
+        prefills = [c.config.pool(Role.PREFILL) for c in group]
+        decodes = [c.config.pool(Role.DECODE) for c in group]
+        prefill, decode = self._replica(engine, prefills[0]), self._replica(engine, decodes[0])
+        first, second = self._rows(group, prefills), self._rows(group, decodes)
+        load = self._pair_load(group, (prefill, decode), (first, second))
+        estimate = disaggregated(prefill.steps, decode.steps, load)
+        context = load.isl + load.osl / 2.0
+        batch = step_batch(decode_seqs=np.maximum(estimate.decode_seqs, 1.0), decode_context=context)
+        refused = [
+            a or b
+            for a, b in zip(
+                _refusals(Role.PREFILL, prefill, replace(first, osl=np.ones_like(first.osl))),
+                _refusals(Role.DECODE, decode, second),
+                strict=True,
+            )
+        ]
+        return GroupAnswer(
+            estimate=estimate,
+            requests_per_s=estimate.requests_per_s,
+            breakdown_ms=decode.steps.breakdown_ms(batch),
+            refused=refused,
+            roofline_share=_roofline_share(decode, batch),
+        )
+
+    def _pair_load(
+        self, group: list[Candidate], replicas: tuple[GpuReplica, GpuReplica], rows: tuple[Columns, Columns]
+    ) -> PairLoad:
+        (prefill, decode), (first, second) = replicas, rows
+        full = np.ones(len(group))
+        ranks = [
+            floats([c.config.pool(role).replicas * layout.dp * layout.pp for c in group])
+            for role, layout in ((Role.PREFILL, prefill.key.layout), (Role.DECODE, decode.key.layout))
+        ]
+        return PairLoad(
+            users=floats([c.load.concurrency or 0 for c in group]),
+            rate_per_s=floats([c.load.request_rate or 0.0 for c in group]),
+            prefill_ranks=ranks[0],
+            decode_ranks=ranks[1],
+            decode_slots=rank_load(decode, second).slots,
+            token_budget=first.token_budget,
+            isl=first.isl,
+            osl=first.osl,
+            cached=first.cached,
+            request_ms=decode.traits.request_ms * full,
+            wire_ms=HANDOVER_MS + 1e3 * self._handover_s(group[0], decode, first.isl),
+            send_ms=0.0 * full,
+            receive_ms=0.0 * full,
+            run_requests=np.full(len(group), self._run_requests),
+            burst_share=first.burst_share,
+        )
+
+    def _handover_s(self, candidate: Candidate, decode: GpuReplica, isl: FloatArray) -> FloatArray:
+        """Seconds that a prompt's KV cache travels: over links inside a pool's node, over the network elsewhere."""
+        names = {candidate.config.pool(role).node_pool for role in (Role.PREFILL, Role.DECODE)}
+        pools = [self._problem.node_pool(name) for name in names]
+        inside = len(pools) == 1 and candidate.config.devices <= pools[0].devices_per_node
+        speeds = [pool.device.link_bandwidth if inside else pool.device.network_bandwidth for pool in pools]
+        return decode.footprint.sequence_bytes(isl) / min(speeds)
+
+
+def system_name(pool: NodePool) -> str:
+    """The tables' name of a pool's device: its own in lower case, with underscores."""
+    return pool.device.name.lower().replace("-", "_").replace(" ", "_")
+
+
+def system_of(pool: NodePool, silicon: Silicon) -> GpuSystem:
+    """Facts of the pool's system: those beside the tables where it is known there, else those of its device."""
+    name = system_name(pool)
+    if (silicon.root / f"{name}.yaml").is_file():
+        return silicon.system(name)
+    device = pool.device
+    flops = dict(device.flops)
+    flops.setdefault("bf16", flops.get("fp16", max(flops.values())))
+    return GpuSystem(
+        name=name,
+        memory_bytes=device.memory_bytes,
+        memory_bandwidth=device.memory_bandwidth,
+        flops=flops,
+        memory_efficiency=0.8,
+        launch_s=3e-6,
+        gpus_per_node=pool.devices_per_node,
+        gpus_per_domain=pool.devices_per_node,
+        link_bandwidth=device.link_bandwidth,
+        network_bandwidth=device.network_bandwidth,
+        hop_s=1e-5,
+        reserve_bytes=0.02 * device.memory_bytes,
+        comm_bytes={},
+        nccl_version="",
+        sm_version=0,
+    )
+
+
+def _find(engine: str, pool: Pool, names: tuple[str, ...]) -> OptionValue | None:
+    """The pool's value of the first of `names` that the engine offers, None where it offers none."""
+    offered = {parameter.name for parameter in engine_spec(engine).parameters}
+    for name in names:
+        if name in offered:
+            return option(engine, pool, name)
+    return None
+
+
+def _refusals(role: Role, replica: GpuReplica, rows: Columns) -> list[str | None]:
+    """Why candidates do not fit, None where they do: one sequence of full length must."""
+    length = rows.isl + rows.osl
+    need: MemoryNeed = replica.footprint.need(np.ones_like(length), length, rows.token_budget)
+    return [None if fits else f"{role} replica: {need.explain(i)}" for i, fits in enumerate(need.fits)]
+
+
+def _roofline_share(replica: GpuReplica, batch: StepBatch) -> float:
+    """Share of the first candidate's decode step that no table backs."""
+    first = step_batch(decode_seqs=batch.decode_seqs[:1], decode_context=batch.decode_context[:1])
+    return replica.steps.origins(first)[Origin.ROOFLINE]

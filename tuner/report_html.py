@@ -21,6 +21,7 @@ from tuner.wording import metric_label, number, pools_text
 
 _COLOURS = {Mode.AGGREGATED: "#2f7ed8", Mode.DISAGGREGATED: "#e07b39"}
 _SYMBOLS = {Mode.AGGREGATED: "circle", Mode.DISAGGREGATED: "diamond"}
+_EARLY_TO_LATE = [[0.0, "#6fa3dc"], [1.0, "#e0602c"]]
 _GREY = "#9aa3ad"
 _FRONT = "#2a9d5c"
 _PANEL_PX = 460
@@ -109,8 +110,8 @@ def _add_front_panel(
     row, column = cell
     for trace in _front_traces(report, metrics, legend=legend):
         figure.add_trace(trace, row=row, col=column)
-    figure.update_xaxes(title_text=metric_label(metrics[0]), row=row, col=column)
-    figure.update_yaxes(title_text=metric_label(metrics[1]), row=row, col=column)
+    figure.update_xaxes(title_text=metric_label(metrics[0]), rangemode="tozero", row=row, col=column)
+    figure.update_yaxes(title_text=metric_label(metrics[1]), rangemode="tozero", row=row, col=column)
 
 
 def _front_traces(report: StudyReport, metrics: tuple[str, str], *, legend: bool) -> Iterator[go.Scatter]:
@@ -193,14 +194,12 @@ def _add_prediction_panel(figure: go.Figure, report: StudyReport, metric: str, c
         line = {"color": _GREY, "width": 1, "dash": "dash"}
         exact = go.Scatter(x=span, y=span, mode="lines", line=line, hoverinfo="skip", showlegend=False)
         figure.add_trace(exact, row=row, col=column)
-    marker = {"color": list(range(len(known))), "colorscale": "Viridis", "size": 9}
+    marker = {"color": list(range(len(known))), "colorscale": _EARLY_TO_LATE, "size": 9}
     texts = [f"{_hover(t)}<br>predicted {number(p)}" for t, p in zip(known, predicted, strict=True)]
     points = go.Scatter(
         x=predicted, y=measured, mode="markers", marker=marker, text=texts, hoverinfo="text", showlegend=False
     )
     figure.add_trace(points, row=row, col=column)
     unit = METRICS[metric].unit
-    figure.update_xaxes(
-        title_text=f"predicted before measuring ({unit}); later trials are brighter", row=row, col=column
-    )
+    figure.update_xaxes(title_text=f"predicted before measuring ({unit}); later trials are redder", row=row, col=column)
     figure.update_yaxes(title_text=f"measured ({unit})", row=row, col=column)

@@ -183,7 +183,7 @@ def _run(study: StudyFile, place: Place, *, address: str | None, as_json: bool, 
     view = LiveProgress if console.is_terminal and not no_progress else LineProgress
     try:
         with view(console) as observer, warnings_to(observer.note):
-            ended = run_study(study, place, connect=connector(address, study.engines), stop=stop, observer=observer)
+            ended = run_study(study, place, connect=connector(address, study), stop=stop, observer=observer)
     except KeyboardInterrupt:
         print("Interrupted. Nothing that was measured is lost; the same command goes on.", file=sys.stderr)
         raise typer.Exit(130) from None

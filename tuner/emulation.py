@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +71,14 @@ class Profiles:
             return self._silicon.replica(key)
         return _by_speed_of_light(key, device)
 
+    def memory(self, pool: Pool, problem: Problem) -> GpuMemory:
+        """Bytes on each GPU of a replica; raises as `replica`."""
+        return _memory(self.replica(pool, problem), pool, problem)
+
+    def hand_over(self, pool: Pool, config: ServingConfig, problem: Problem) -> HandOver | None:
+        """How the KV caches of `pool` change hands, None where they do not; raises as `replica`."""
+        return _hand_over(pool, config, problem, self.replica(pool, problem))
+
     def _profile(self, pool: Pool, config: ServingConfig, problem: Problem) -> EngineProfile:
         replica = self.replica(pool, problem)
         layout, model = replica.key.layout, problem.model
@@ -79,8 +87,8 @@ class Profiles:
             gpu=replica.key.system,
             gpus=layout.ranks,
             times=self._times(replica, pool, problem),
-            memory=_memory(replica, pool, problem),
-            hand_over=_hand_over(pool, config, problem, replica),
+            memory=self.memory(pool, problem),
+            hand_over=self.hand_over(pool, config, problem),
             ranks=layout.dp,
             stages=layout.pp,
             lockstep=layout.dp > 1 and any(isinstance(g.feed_forward, MoeFeedForward) for g in model.layers),
@@ -97,6 +105,7 @@ class Profiles:
         return self._made[key]
 
 
+@cache
 def installed_profiles() -> Profiles:
     """Profiles from the installed operation tables, or by the speed of light where there are none."""
     return Profiles(default_root())

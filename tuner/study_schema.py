@@ -12,8 +12,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from search_spaces.emulation import FaultKind
 from search_spaces.engines import engine_spec
 from search_spaces.errors import InvalidValueError
+from search_spaces.known_gpus import GPUS
+from search_spaces.known_models import known_model
 from search_spaces.metrics import metric_info
 from search_spaces.serving import OptionValue
 
@@ -86,6 +89,25 @@ def _known_engine(name: str) -> str:
     return name
 
 
+def _known_model(name: str | None) -> str | None:
+    if name is not None:
+        known_model(name)
+    return name
+
+
+def _known_device(name: str) -> str:
+    if name != "cpu" and name not in GPUS:
+        raise InvalidValueError(f"{name!r} is no known device; choose cpu, {', '.join(GPUS)}")
+    return name
+
+
+def _known_fault(name: str) -> str:
+    kinds = [str(kind) for kind in FaultKind]
+    if name not in kinds:
+        raise InvalidValueError(f"fault {name!r} is unknown; choose {', '.join(kinds)}")
+    return name
+
+
 def _study_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise InvalidValueError(
@@ -107,6 +129,7 @@ Counts = Annotated[list[Count], BeforeValidator(_as_list), Field(min_length=1), 
 Rates = Annotated[list[Positive], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_unique)]
 Choices = Annotated[list[OptionValue], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_unique)]
 ModeName = Literal["aggregated", "disaggregated"]
+FaultName = Annotated[str, AfterValidator(_known_fault)]
 
 
 def _every_mode() -> list[ModeName]:
@@ -118,7 +141,7 @@ def _embedded_engine() -> dict[str, dict[str, list[OptionValue]]]:
 
 
 class ModelSection(Section):
-    """The model: one of `preset` or `gguf`."""
+    """The model: one of `preset`, `gguf` or `name`."""
 
     preset: Literal["tiny"] | None = Field(
         default=None, description="a random-weight model that the tool writes itself", examples=["tiny"]
@@ -126,13 +149,16 @@ class ModelSection(Section):
     gguf: str | None = Field(
         default=None, description="path of a GGUF file, relative to the study file", examples=["models/qwen.gguf"]
     )
+    name: Annotated[str | None, AfterValidator(_known_model)] = Field(
+        default=None, description="a model of the catalogue (emulated engine)", examples=["Llama-3.1-70B"]
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [key for key in ("preset", "gguf") if getattr(self, key) is not None]
+        given = [key for key in ("preset", "gguf", "name") if getattr(self, key) is not None]
         if len(given) != 1:
-            said = "both are given" if given else "none is given"
-            raise InvalidValueError(f"give exactly one of preset and gguf ({said}); for example preset: tiny")
+            said = f"{' and '.join(given)} are given" if given else "none is given"
+            raise InvalidValueError(f"give exactly one of preset, gguf and name ({said}); for example preset: tiny")
         return self
 
 
@@ -197,7 +223,9 @@ class WorkloadSection(Section):
 class NodePoolSection(Section):
     """Identical nodes: `gpus_per_node` of a catalogue device, or `cpus_per_node` with `device: cpu`."""
 
-    device: str = Field(default="cpu", description="cpu, or a GPU of the catalogue", examples=["h100_sxm"])
+    device: Annotated[str, AfterValidator(_known_device)] = Field(
+        default="cpu", description="cpu, or a GPU of the catalogue", examples=["h100_sxm"]
+    )
     nodes: Count = Field(default=1, description="number of nodes", examples=[1])
     gpus_per_node: Count | None = Field(default=None, description="GPUs of a node", examples=[8])
     cpus_per_node: Count | None = Field(default=None, description="cores of a node that replicas may use", examples=[4])
@@ -291,6 +319,25 @@ class LimitsSection(Section):
     stop_s: Positive = Field(default=30.0, description="stop of the replicas", examples=[30])
 
 
+class EmulationSection(Section):
+    """How the emulated engine behaves, and whether the nodes are emulated too (see `search_spaces.emulation`)."""
+
+    nodes: bool = Field(
+        default=True, description="node pools stand on this machine, as Ray nodes of their own", examples=["true"]
+    )
+    step_noise: float = Field(
+        default=0.03, ge=0, lt=1, description="standard deviation of the log of a step's time", examples=[0.03]
+    )
+    launch_noise: float = Field(
+        default=0.02, ge=0, lt=1, description="standard deviation of the log of a launch's speed", examples=[0.02]
+    )
+    faults: dict[FaultName, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default_factory=dict,
+        description="faults, with the share of configurations or trials that they strike",
+        examples=["{out_of_memory_under_load: 0.05}"],
+    )
+
+
 class StudyFile(Section):
     """A whole study file."""
 
@@ -336,6 +383,9 @@ class StudyFile(Section):
     limits: LimitsSection = Field(
         default_factory=LimitsSection, description="time limits of the phases", examples=["{start_s: 600}"]
     )
+    emulation: EmulationSection | None = Field(
+        default=None, description="how the emulated engine behaves", examples=["{step_noise: 0.03}"]
+    )
     storage: Annotated[str, AfterValidator(_storage_url)] = Field(
         default=DEFAULT_STORAGE, description="any Optuna storage URL", examples=[DEFAULT_STORAGE]
     )
@@ -360,6 +410,26 @@ class StudyFile(Section):
                 if name not in self.node_pools:
                     known = ", ".join(self.node_pools)
                     raise KeyProblemError(f"space.{role}.node_pools", f"{name!r} is no node pool; choose {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _engines_have_their_devices(self) -> Self:
+        emulated = [name for name in self.engines if engine_spec(name).emulated]
+        if emulated and len(emulated) < len(self.engines):
+            raise KeyProblemError(
+                "engines", f"{', '.join(self.engines)}: an emulated engine is not compared with a real one; choose one"
+            )
+        for name, pool in self.node_pools.items():
+            if emulated and pool.device == "cpu":
+                raise KeyProblemError(f"node_pools.{name}.device", "cpu is never emulated; name a GPU such as h100_sxm")
+            if not emulated and pool.device != "cpu":
+                raise KeyProblemError(
+                    f"node_pools.{name}.device", f"{', '.join(self.engines)} runs on cpu here, not on {pool.device}"
+                )
+        if self.emulation is not None and not emulated:
+            raise KeyProblemError("emulation", "goes with the engine emulated; choose it, or leave emulation out")
+        if self.model.name is not None and not emulated:
+            raise KeyProblemError("model.name", f"{self.model.name!r} has no weights here; give preset or gguf")
         return self
 
     @model_validator(mode="after")

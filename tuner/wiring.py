@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from search_spaces.errors import InvalidValueError, TunerError
+from search_spaces.emulation import FaultKind, FaultPlan, Noise
+from search_spaces.engines import engine_spec
+from search_spaces.errors import TunerError
 from search_spaces.hardware import Device, DeviceKind, NodePool
+from search_spaces.known_gpus import known_gpu
+from search_spaces.known_models import known_model
 from search_spaces.measuring import MeasurementRule, TimeLimits
 from search_spaces.model import ModelSpec
 from search_spaces.model_presets import TINY_MODEL
@@ -21,9 +25,11 @@ from search_spaces.workload import Arrival, Length, Workload
 from studies.stopping import Budget
 from tuner.access import Cluster, Connect
 from tuner.places import Place
-from tuner.study_schema import NodePoolSection, RoleSection, StudyFile
+from tuner.study_schema import EmulationSection, NodePoolSection, RoleSection, StudyFile
 
 if TYPE_CHECKING:
+    from cluster.engines.base import EngineBackend
+    from cluster.engines.emulated import EmulatedBackend
     from cluster.ray_session import RayCluster
     from cluster.runner import TrialRunner
     from perf_model.calibration import CalibratedPredictor
@@ -62,9 +68,11 @@ def make_problem(study: StudyFile, devices: Mapping[str, Device] | None = None) 
 
 
 def make_model(study: StudyFile) -> ModelSpec:
-    """The model of `study`: a preset, or what a GGUF file says of itself."""
+    """The model of `study`: a preset, one of the catalogue, or what a GGUF file says of itself."""
     if study.model.preset is not None:
         return MODEL_PRESETS[study.model.preset]
+    if study.model.name is not None:
+        return known_model(study.model.name)
     _require_extra("gguf", "llamacpp", "reading a GGUF file")
     from cluster.engines.gguf_header import read_model
 
@@ -80,20 +88,12 @@ def _require_extra(module: str, extra: str, purpose: str) -> None:
 def _node_pool(name: str, pool: NodePoolSection, devices: Mapping[str, Device]) -> NodePool:
     return NodePool(
         name=name,
-        device=devices.get(name) or _device(name, pool),
+        device=devices.get(name) or (UNMEASURED_CORE if pool.device == "cpu" else known_gpu(pool.device)),
         nodes=pool.nodes,
         devices_per_node=pool.devices_per_node,
         price_per_hour=pool.price_per_hour,
         labels=dict(pool.labels),
         accelerator_type=pool.accelerator_type,
-    )
-
-
-def _device(pool_name: str, pool: NodePoolSection) -> Device:
-    if pool.device == "cpu":
-        return UNMEASURED_CORE
-    raise InvalidValueError(
-        f"node_pools.{pool_name}.device: {pool.device!r} is no known device; the engines of this version run on cpu"
     )
 
 
@@ -142,26 +142,47 @@ def make_predictor(problem: Problem, study: StudyFile) -> CalibratedPredictor:
     from perf_model.calibration import CalibratedPredictor
     from perf_model.serving_predictor import ServingPredictor
 
-    return CalibratedPredictor(model=ServingPredictor(problem, run_requests=study.measurement.requests))
+    requests = study.measurement.requests
+    if is_emulated(study):
+        from tuner.emulated_predictor import EmulatedPredictor
+        from tuner.emulation import installed_profiles
+
+        emulated = EmulatedPredictor(problem=problem, profiles=installed_profiles(), run_requests=requests)
+        return CalibratedPredictor(model=emulated)
+    return CalibratedPredictor(model=ServingPredictor(problem, run_requests=requests))
 
 
-def connector(address: str | None, engines: Collection[str]) -> Connect:
-    """How to reach a cluster for `engines`: a Ray cluster at `address`, or one that is started on this machine.
+def is_emulated(study: StudyFile) -> bool:
+    """True where the engines of `study` are emulated: nothing is measured on the hardware that it names."""
+    return all(engine_spec(engine).emulated for engine in study.engines)
+
+
+def connector(address: str | None, study: StudyFile) -> Connect:
+    """How to reach the nodes of `study`: a Ray cluster at `address`, or one that is started on this machine.
 
     Raises `TunerError` where this machine is to run an engine that is not installed.
     """
     if address is None:
-        for engine in engines:
+        for engine in study.engines:
             _require_installed(engine)
 
     @contextmanager
     def connect(problem: Problem, place: Place) -> Iterator[Cluster]:
-        from cluster.ray_session import connect as reach
-
-        with reach(address, problem.node_pools) as cluster:
-            yield RayAccess(cluster=cluster, place=place)
+        with _reach(address, study, problem) as cluster:
+            yield RayAccess(cluster=cluster, place=place, study=study)
 
     return connect
+
+
+def _reach(address: str | None, study: StudyFile, problem: Problem) -> AbstractContextManager[RayCluster]:
+    """Nodes at `address`, emulated ones, or this machine as it is."""
+    if address is None and is_emulated(study) and (study.emulation is None or study.emulation.nodes):
+        from cluster.ray_emulated import emulated_cluster
+
+        return emulated_cluster(problem.node_pools)
+    from cluster.ray_session import connect as reach
+
+    return reach(address, problem.node_pools)
 
 
 def _require_installed(engine: str) -> None:
@@ -175,6 +196,7 @@ class RayAccess:
 
     cluster: RayCluster
     place: Place
+    study: StudyFile
 
     def measure(self, pool: NodePool) -> Device:
         """One core of a node of `pool`, measured there."""
@@ -188,6 +210,21 @@ class RayAccess:
         from cluster.engines.llamacpp import LlamaCppBackend
         from cluster.ray_runner import RayTrialRunner
 
-        backends = {backend.name: backend for backend in (LlamaCppBackend(),)}
+        backends: dict[str, EngineBackend] = {"llamacpp": LlamaCppBackend()}
+        if is_emulated(self.study):
+            backends["emulated"] = emulated_backend(self.study)
         work_dir = self.place.deployments(study)
         return RayTrialRunner(study=study, backends=backends, cluster=self.cluster, work_dir=work_dir)
+
+
+def emulated_backend(study: StudyFile) -> EmulatedBackend:
+    """The emulated engine as `study` wants it to behave."""
+    from cluster.engines.emulated import EmulatedBackend
+    from tuner.emulation import installed_profiles
+
+    wanted = study.emulation or EmulationSection()
+    return EmulatedBackend(
+        source=installed_profiles(),
+        noise=Noise(step=wanted.step_noise, launch=wanted.launch_noise),
+        plan=FaultPlan(shares={FaultKind(name): share for name, share in wanted.faults.items()}, seed=study.seed),
+    )

@@ -28,7 +28,8 @@ class Columns:
     `cached` of the `isl` prompt tokens come from the prefix cache. `max_sequences` run together on an attention rank,
     and a step computes at most `token_budget` tokens. `burst_share` of a run's requests were sent when all users
     started at once. `accepted` tokens come of a decode step (1 without speculative decoding), which then checks
-    `drafted` more tokens for each sequence.
+    `drafted` more tokens for each sequence. Requests are admitted every `admission_steps` steps, 0 for the engine's
+    own.
     """
 
     tp: IntArray
@@ -46,6 +47,7 @@ class Columns:
     stream_tokens: FloatArray
     accepted: FloatArray
     drafted: FloatArray
+    admission_steps: FloatArray
 
     def __len__(self) -> int:
         return len(self.tp)
@@ -68,6 +70,7 @@ _DEFAULTS: Mapping[str, float] = {
     "stream_tokens": 1.0,
     "accepted": 1.0,
     "drafted": 0.0,
+    "admission_steps": 0.0,
 }
 
 
@@ -181,7 +184,9 @@ def rank_load(replica: GpuReplica, rows: Columns) -> RankLoad:
         request_ms=np.full(len(rows), traits.request_ms),
         run_requests=10.0 * np.maximum(rows.users, 10.0),
         burst_share=rows.burst_share,
-        admission_steps=traits.admission(rows.users, layout.dp),
+        admission_steps=np.where(
+            rows.admission_steps > 0, rows.admission_steps, traits.admission(rows.users, layout.dp)
+        ),
         stream_tokens=rows.stream_tokens,
         accepted=rows.accepted,
         drafted=rows.drafted,

@@ -52,8 +52,7 @@ class HostTraits:
 
 
 # Fitted to the public measured runs of `silicon/measured_serving.csv` by `benchmarks/fit_hosts.py`, which prints them.
-# SGLang's long admission intervals are real: the public recipes set --scheduler-recv-interval to 10, and to 30 from 16
-# requests in flight. TensorRT-LLM's decode runs faster than the sum of its kernels, since dependent launches overlap.
+# TensorRT-LLM's decode runs faster than the sum of its kernels, since dependent launches overlap.
 HOSTS: dict[str, HostTraits] = {
     "vllm": HostTraits(
         decode_factor=1.06,
@@ -74,8 +73,8 @@ HOSTS: dict[str, HostTraits] = {
         prefill_layer_ms=0.0,
         sequence_ms=0.0176,
         request_ms=110.0,
-        admission_steps=7.8,
-        busy_admission_steps=31.0,
+        admission_steps=1.0,
+        busy_admission_steps=1.0,
         memory_share=0.95,
     ),
     "trtllm": HostTraits(

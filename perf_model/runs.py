@@ -23,6 +23,11 @@ from search_spaces.serving import Mode
 NEEDED = ("id", "model", "system", "engine", "mode", "isl", "osl", "ttft_ms", "tpot_ms")
 LENGTH_SHARE = 0.9  # lengths were drawn evenly between 80% and 100% of isl and osl
 BURST_SHARE = 0.1  # a run of ten requests for each user starts with one of each user at once
+# Lengths (isl, osl) of InferenceX, whose client draws them; the other public runs keep them equal.
+DRAWN_LENGTHS = frozenset({("1024", "1024"), ("1024", "8192"), ("8192", "1024")})
+# With equal lengths, engines whose prefill stops decoding keep users in step; the others spread them.
+EQUAL_BURST_SHARE = {"sglang": 1.0}
+POLLED_STEPS = (25.0, 50.0)  # fitted to SGLang's runs on B200, below and from 16 requests in flight
 WORDS_OF_PRECISION = {"nvfp4": "fp4", "fp8": "fp8", "fp8_block": "fp8", "bfloat16": "bf16", "int4_wo": "int4"}
 
 
@@ -36,7 +41,11 @@ class RunPool:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One measured run. `pools` holds one pool, or the prefill and the decode pool."""
+    """One measured run. `pools` holds one pool, or the prefill and the decode pool.
+
+    `length_share` is the mean of lengths over `isl` and `osl`, `burst_share` the share of requests that meet as the
+    first ones do, `admission_steps` the steps between the scheduler's looks at its queue (0: as its engine does).
+    """
 
     id: str
     model: ModelSpec
@@ -51,8 +60,11 @@ class Run:
     concurrency: float
     pools: tuple[RunPool, ...]
     stream_tokens: float
+    admission_steps: float
     ttft_ms: float
     tpot_ms: float
+    length_share: float = LENGTH_SHARE
+    burst_share: float = BURST_SHARE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +111,11 @@ def _run(row: Mapping[str, str]) -> Run | Unpredictable:
         concurrency=concurrency,
         pools=pools,
         stream_tokens=_stream_tokens(row, pools[0].layout, mode),
+        admission_steps=_admission_steps(row, concurrency),
         ttft_ms=_number(row, "ttft_ms"),
         tpot_ms=_number(row, "tpot_ms"),
+        length_share=LENGTH_SHARE if _drawn(row) else 1.0,
+        burst_share=BURST_SHARE if _drawn(row) else EQUAL_BURST_SHARE.get(row["engine"], BURST_SHARE),
     )
 
 
@@ -185,6 +200,18 @@ def _formats(word: str, model: ModelSpec) -> Precision:
     raise InvalidValueError(f"precision {word!r} is unknown; choose bf16, fp8, fp4 or int4")
 
 
+def _admission_steps(row: Mapping[str, str], concurrency: float) -> float:
+    """Steps between two looks at the queue, 0 for the engine's own.
+
+    SGLang's public recipes set --scheduler-recv-interval to 10, and to 30 from 16 requests in flight, on Blackwell GPUs
+    for every model but GLM-5, and never on Hopper GPUs. First tokens wait longer than that: see `POLLED_STEPS`.
+    """
+    polled = row["engine"] == "sglang" and not row["system"].startswith("h") and "GLM" not in row["model"]
+    if not polled or not _drawn(row):
+        return 0.0
+    return POLLED_STEPS[0] if concurrency < 16 else POLLED_STEPS[1]
+
+
 def _stream_tokens(row: Mapping[str, str], layout: ReplicaLayout, mode: Mode) -> float:
     """Tokens in a packet of the answer: 20 in TensorRT-LLM's recipe for Llama 70B at 1024/1024 on fewer than 8 GPUs.
 
@@ -192,3 +219,8 @@ def _stream_tokens(row: Mapping[str, str], layout: ReplicaLayout, mode: Mode) ->
     """
     dense_recipe = row["engine"] == "trtllm" and row["model"].endswith("Llama-3.1-70B") and mode is Mode.AGGREGATED
     return 20.0 if dense_recipe and (row["isl"], row["osl"]) == ("1024", "1024") and layout.tp < 8 else 1.0
+
+
+def _drawn(row: Mapping[str, str]) -> bool:
+    """True where lengths were drawn from a range; equal lengths keep users in step."""
+    return (row["isl"], row["osl"]) in DRAWN_LENGTHS

@@ -14,7 +14,7 @@ import numpy as np
 from perf_model.columns import columns, estimate_replica
 from perf_model.disaggregated import PairLoad, disaggregated
 from perf_model.numeric import FloatArray
-from perf_model.runs import BURST_SHARE, LENGTH_SHARE, Run, Unpredictable, read_runs
+from perf_model.runs import BURST_SHARE, Run, Unpredictable, read_runs
 from perf_model.serving import ServingEstimate
 from perf_model.silicon import GpuReplica, ReplicaKey, Silicon
 from search_spaces.errors import InvalidValueError
@@ -126,11 +126,12 @@ def _aggregated(runs: list[Run], replica: GpuReplica) -> list[Predicted]:
         dp=replica.key.layout.dp,
         ep=replica.key.layout.ep,
         users=[run.concurrency for run in runs],
-        isl=[run.isl * LENGTH_SHARE for run in runs],
-        osl=[run.osl * LENGTH_SHARE for run in runs],
+        isl=[run.isl * run.length_share for run in runs],
+        osl=[run.osl * run.length_share for run in runs],
         token_budget=replica.traits.token_budget,
-        burst_share=BURST_SHARE,
+        burst_share=[run.burst_share for run in runs],
         stream_tokens=[run.stream_tokens for run in runs],
+        admission_steps=[run.admission_steps for run in runs],
     )
     most = replica.most_sequences(rows.isl, rows.osl, rows.token_budget)
     _require_room(most, replica)
@@ -148,8 +149,8 @@ def _require_room(most: FloatArray, replica: GpuReplica) -> None:
 
 
 def _disaggregated(runs: list[Run], prefill: GpuReplica, decode: GpuReplica) -> list[Predicted]:
-    isl = np.array([run.isl * LENGTH_SHARE for run in runs])
-    osl = np.array([run.osl * LENGTH_SHARE for run in runs])
+    isl = np.array([run.isl * run.length_share for run in runs])
+    osl = np.array([run.osl * run.length_share for run in runs])
     budget = np.full_like(isl, prefill.traits.token_budget)
     most = decode.most_sequences(isl, osl, budget)
     _require_room(most, decode)

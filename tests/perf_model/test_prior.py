@@ -63,6 +63,7 @@ def predicted(
         concurrency=float(users),
         pools=(RunPool(layout=ReplicaLayout(tp=4, pp=1, dp=1, ep=1)),),
         stream_tokens=1.0,
+        admission_steps=0.0,
         ttft_ms=float(measured[0]),
         tpot_ms=float(measured[1]),
     )

@@ -6,6 +6,7 @@ All of it ends with the driver, however that ends: the kernel ends a node's proc
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from cluster.placement import CLIENT_CPUS, HOST_CPUS_PER_GPU, ROUTER_CPUS
 from cluster.ray_session import ClusterError, RayCluster, connect
 from search_spaces.hardware import DeviceKind, NodePool
 
+_log = logging.getLogger(__name__)
 MOST_NODES = 16
 """Each node costs some 150 MB and half a second of one core to start."""
 OBJECT_STORE_BYTES = 80 * 2**20
@@ -38,9 +40,10 @@ def emulated_cluster(pools: Sequence[NodePool], *, trials_at_once: int = 1) -> I
                 cluster.add_node(**_node(pool, trials_at_once))
         with connect(cluster.address, pools, trials_at_once=trials_at_once) as joined:
             note = (
-                f"the {sum(p.nodes for p in pools)} nodes are EMULATED on this machine: no figure of this study was "
+                f"the {sum(p.nodes for p in pools)} nodes are EMULATED on this machine: no figure of this study is "
                 "measured on the hardware that it names"
             )
+            _log.warning(note)
             yield replace(joined, local=True, warnings=(*joined.warnings, note))
     finally:
         cluster.shutdown()

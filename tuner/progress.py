@@ -18,7 +18,7 @@ from search_spaces.metrics import METRICS
 from search_spaces.problem import Problem
 from studies.records import Proposal, TrialRecord, TrialStatus
 from tuner.observer import RECENT_TRIALS, Snapshot
-from tuner.report import StudyReport, best, metrics_of
+from tuner.report import StudyReport, best, mark, metrics_of
 from tuner.wording import candidate_text, duration, number
 
 _RECENT = 6
@@ -38,7 +38,8 @@ def record_line(record: TrialRecord, problem: Problem) -> str:
     figures = ", ".join(_figure(objective.metric, record, metrics) for objective in problem.objectives)
     missed = [slo.metric for slo in problem.slos if record.violations.get(slo.metric, 0.0) > 0]
     suffix = f"; misses the SLO on {', '.join(missed)}" if missed else ""
-    return f"trial {record.number} measured: {figures}{suffix}"
+    verb = "emulated" if record.measurement is not None and record.measurement.emulated else "measured"
+    return f"trial {record.number} {verb}: {figures}{suffix}"
 
 
 def _figure(metric: str, record: TrialRecord, metrics: dict[str, float]) -> str:
@@ -156,7 +157,7 @@ class LiveProgress:
     def _view(self, snapshot: Snapshot) -> RenderableType:
         finished = sum(trial.is_finished for trial in snapshot.trials)
         parts: list[RenderableType] = [
-            Text(snapshot.name, style="bold"),
+            Text(f"{snapshot.name}{mark(_report(snapshot))}", style="bold"),
             _bar(finished, snapshot.budget_trials),
             Text(counts_text(snapshot)),
             *(

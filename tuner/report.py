@@ -53,6 +53,11 @@ class StudyReport:
         """The feasible trials that no other dominates, best first in the first objective."""
         return front(self.trials, self.directions)
 
+    @property
+    def emulated(self) -> bool:
+        """True where a figure was not measured on the hardware that the study names."""
+        return any(trial.measurement is not None and trial.measurement.emulated for trial in self.measured)
+
     def count(self, status: TrialStatus) -> int:
         """Number of trials in `status`."""
         return sum(trial.status is status for trial in self.trials)
@@ -102,7 +107,8 @@ def front_table(report: StudyReport) -> RenderableType:
     """The front: figures as a table, then each configuration; says what is missing where there is no front."""
     if not report.front:
         return _no_front(report)
-    title = Text(f"Pareto front of {report.name}: {len(report.front)} of {len(report.measured)} measured trials")
+    counts = f"{len(report.front)} of {len(report.measured)} measured trials"
+    title = Text(f"Pareto front of {report.name}{mark(report)}: {counts}")
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("trial", justify="right")
     for metric in report.objectives:
@@ -112,6 +118,11 @@ def front_table(report: StudyReport) -> RenderableType:
     for trial in report.front:
         table.add_row(str(trial.number), *_figures(trial, (*report.objectives, *_other_slos(report))))
     return Group(title, table, Text("Configurations (options that are off the engine's default):"), *_configs(report))
+
+
+def mark(report: StudyReport) -> str:
+    """What every title says of figures that no hardware gave; empty for measured ones."""
+    return " (EMULATED: not measured on the hardware that it names)" if report.emulated else ""
 
 
 def _heading(metric: str, width: int = 16) -> str:
@@ -155,7 +166,7 @@ def _no_front(report: StudyReport) -> RenderableType:
     )
     configuration = candidate_text(nearest.candidate) if nearest.candidate else "?"
     return Text(
-        f"No configuration of {report.name} meets every SLO. Nearest is trial {nearest.number}: {missed}\n"
+        f"No configuration of {report.name}{mark(report)} meets every SLO. Nearest is trial {nearest.number}: {missed}\n"
         f"  {configuration}\nAsk for less, allow more nodes or widen the search space."
     )
 
@@ -169,7 +180,7 @@ def _head(report: StudyReport) -> list[RenderableType]:
     counts = ", ".join(f"{report.count(status)} {status}" for status in TrialStatus if report.count(status))
     slos = ", ".join(f"{slo.metric} {_bound(slo.metric)} {number(slo.threshold)}" for slo in report.problem.slos)
     return [
-        Text(f"{report.name}: {report.status}", style="bold"),
+        Text(f"{report.name}{mark(report)}: {report.status}", style="bold"),
         Text(f"  trials      {counts or 'none'}"),
         Text(f"  feasible    {sum(t.feasible for t in report.trials)} ({len(report.front)} on the front)"),
         Text(f"  SLOs        {slos or 'none'}"),
@@ -275,6 +286,7 @@ def _overview(report: StudyReport) -> dict[str, Json]:
     return {
         "study": report.name,
         "status": report.status,
+        "emulated": report.emulated,
         "storage": report.storage,
         "objectives": [
             {"metric": name, "direction": str(direction), "unit": METRICS[name].unit}
@@ -306,7 +318,8 @@ def _csv_row(trial: TrialRecord) -> Mapping[str, object]:
             settings: dict[str, object] = {"node_pool": pool.node_pool, "replicas": pool.replicas}
             settings |= asdict(pool.parallelism) | dict(pool.options)
             row |= {f"{pool.role}.{name}": value for name, value in settings.items()}
-    return row | metrics_of(trial)
+    emulated = trial.measurement is not None and trial.measurement.emulated
+    return row | metrics_of(trial) | {"emulated": emulated}
 
 
 def summaries_table(summaries: Sequence[StudySummary]) -> RenderableType:

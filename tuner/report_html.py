@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 from search_spaces.metrics import METRICS, Direction
 from search_spaces.serving import Mode
 from studies.records import TrialRecord
-from tuner.report import StudyReport, metrics_of
+from tuner.report import StudyReport, mark, metrics_of
 from tuner.wording import metric_label, number, pools_text
 
 _COLOURS = {Mode.AGGREGATED: "#2f7ed8", Mode.DISAGGREGATED: "#e07b39"}
@@ -43,7 +43,7 @@ def write_front(report: StudyReport, path: Path) -> Path:
     """Write the report to `path`, making its folder, and return it."""
     environment = Environment(loader=PackageLoader("tuner"), autoescape=True)
     page = environment.get_template("front.html.j2").render(
-        name=report.name,
+        name=f"{report.name}{mark(report)}",
         summary=_summary(report),
         chart=Markup(_chart(report)),  # noqa: S704 - plotly's own HTML; texts inside are escaped in _hover
         headings=[metric_label(metric) for metric in report.objectives],
@@ -56,16 +56,11 @@ def write_front(report: StudyReport, path: Path) -> Path:
 
 def _summary(report: StudyReport) -> str:
     slos = ", ".join(f"{slo.metric} {number(slo.threshold)}" for slo in report.problem.slos) or "none"
-    emulated = " Figures are EMULATED, not measured on hardware." if _emulated(report) else ""
     infeasible = len(report.measured) - sum(trial.feasible for trial in report.measured)
     return (
         f"{len(report.measured)} trials measured, {infeasible} of them miss an SLO (SLOs: {slos}); "
-        f"{len(report.front)} on the front. Model {report.problem.model.name}.{emulated}"
+        f"{len(report.front)} on the front. Model {report.problem.model.name}."
     )
-
-
-def _emulated(report: StudyReport) -> bool:
-    return any(trial.measurement is not None and trial.measurement.emulated for trial in report.measured)
 
 
 def _row(trial: TrialRecord, report: StudyReport) -> _Row:

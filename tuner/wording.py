@@ -46,7 +46,8 @@ def _pool_text(pool: Pool, engine: str) -> str:
     defaults = {parameter.name: parameter.default for parameter in spec.parameters}
     options = [f"{name}={_shown(value)}" for name, value in pool.options if value != defaults.get(name)]
     inside = " ".join((*sizes, *options)) or "defaults"
-    return f"{pool.replicas}{_ROLE_LETTER[pool.role]} x [{inside}]"
+    on_gpus = f"{pool.node_pool} " if spec.devices_per_rank_option is None else ""  # GPU types differ, cores do not
+    return f"{pool.replicas}{_ROLE_LETTER[pool.role]} x {on_gpus}[{inside}]"
 
 
 def _sizes(pool: Pool) -> dict[str, int]:

@@ -104,3 +104,21 @@ def test_numbers_and_durations_in_words() -> None:
         "12,346",
     ]
     assert [duration(s) for s in (4.4, 200, 7500)] == ["4 s", "3 min 20 s", "2 h 5 min"]
+
+
+def test_figures_of_no_hardware_are_marked_wherever_they_appear(tmp_path: Path) -> None:
+    found = a_report()
+    trials = tuple(
+        replace(t, outcome=replace(t.measurement, emulated=True)) if t.measurement is not None else t
+        for t in found.trials
+    )
+    emulated = replace(found, trials=trials)
+    assert "(EMULATED: not measured" in text_of(report.front_table(emulated))
+    assert "(EMULATED: not measured" in text_of(report.show(emulated))
+    assert report.front_json(emulated)["emulated"] is True
+    assert report.front_csv(emulated).splitlines()[1].endswith("True")
+    page = write_front(emulated, tmp_path / "front.html").read_text()
+    assert re.search(r"<title>[^<]*EMULATED", page)
+    assert re.search(r"<h1>[^<]*EMULATED", page)
+    assert "EMULATED" not in text_of(report.show(found))
+    assert report.front_json(found)["emulated"] is False

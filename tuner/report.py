@@ -166,7 +166,8 @@ def _no_front(report: StudyReport) -> RenderableType:
     )
     configuration = candidate_text(nearest.candidate) if nearest.candidate else "?"
     return Text(
-        f"No configuration of {report.name}{mark(report)} meets every SLO. Nearest is trial {nearest.number}: {missed}\n"
+        f"No configuration of {report.name}{mark(report)} meets every SLO. "
+        f"Nearest is trial {nearest.number}: {missed}\n"
         f"  {configuration}\nAsk for less, allow more nodes or widen the search space."
     )
 

@@ -87,18 +87,16 @@ def evaluation(predicted: Sequence[Predicted], prior: Prior) -> list[Errors]:
     for mode in Mode:
         rows = np.array([p.run.mode is mode for p in predicted])
         for name, residuals in cases.items():
-            found.append(_errors(mode, name, [r[rows] for r in residuals], _sds(prior, name)))
+            found.append(_errors(mode, name, [r[rows] for r in residuals], _sds(prior, name, mode)))
     return found
 
 
-def _sds(prior: Prior, case: str) -> list[float] | None:
+def _sds(prior: Prior, case: str, mode: Mode) -> list[float] | None:
     """Standard deviations that the prior states for rows left out as `case` says."""
-    metrics = (prior.ttft, prior.tpot)
-    if case == "without random fifths":
-        return [metric.known_log_sd for metric in metrics]
-    if case.startswith("without"):
-        return [metric.unknown_log_sd for metric in metrics]
-    return None
+    if not case.startswith("without"):
+        return None
+    known = "known" if case == "without random fifths" else "unknown"
+    return [metric.log_sds[mode.value][known] for metric in (prior.ttft, prior.tpot)]
 
 
 def _errors(mode: Mode, name: str, residuals: list[np.ndarray], sds: list[float] | None) -> Errors:

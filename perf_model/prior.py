@@ -125,11 +125,15 @@ class Occasion:
 
 
 # Slopes, each a function of an occasion that is near zero in the middle of the measured runs.
-BASES = ("offset", "users", "isl", "tp", "share")
+BASES = ("offset", "users", "isl", "tp", "share", "backlog")
 
 
 def basis(name: str, who: Subject, at: Occasion) -> FloatArray:
-    """Values of one of `BASES`: 1, ln users, ln isl, ln tp, ln(tpot / ttft), all centred."""
+    """Values of one of `BASES`: 1, ln users, ln isl, ln tp, ln(tpot / ttft), all centred, and the backlog.
+
+    The backlog is ln(ttft / (osl * tpot)) + 1.5 where that is positive: requests that wait for a quarter of their
+    decoding time or more, a wait that hangs on small differences of capacity.
+    """
     if name == "users":
         return np.log(np.maximum(at.users, 1.0)) - 3.0
     if name == "isl":
@@ -138,15 +142,22 @@ def basis(name: str, who: Subject, at: Occasion) -> FloatArray:
         return np.full_like(at.isl, math.log(who.tp) - 1.0)
     if name == "share":
         return np.log(at.tpot_ms / at.ttft_ms) + 2.5
+    if name == "backlog":
+        return np.maximum(np.log(at.ttft_ms / (at.osl * at.tpot_ms)) + 1.5, 0.0)
     return np.ones_like(at.isl)
 
 
 def group_words(who: Subject) -> dict[str, str]:
-    """The groups that `who` belongs to, from wide to narrow, apart from those of lengths (see `lengths_word`)."""
+    """The groups that `who` belongs to, from wide to narrow, apart from those of lengths (see `lengths_word`).
+
+    The engines of disaggregated replicas have a level of their own: what aggregated runs teach of a model's faults is
+    not theirs, and fewer were measured.
+    """
     engine = who.served_by
     generation = "hopper" if who.system.startswith("h") else "ampere" if who.system.startswith("a") else "blackwell"
     one = (who.model, who.system, engine, who.precision)
-    return {
+    apart = {} if who.mode is Mode.AGGREGATED else {"apart": engine}
+    return apart | {
         "all": "all",
         "engine": engine,
         "engine, precision": _joined(engine, who.precision),
@@ -176,20 +187,19 @@ def _joined(*words: str) -> str:
 class MetricPrior:
     """Effects on one metric: level -> basis -> group -> natural-log units.
 
-    The sum is kept within `lowest` .. `highest`. `known_log_sd` is the standard deviation of the logarithm of measured
-    over corrected for members of a measured group "one", `unknown_log_sd` for the others (both from left-out runs).
+    The sum is kept within `lowest` .. `highest`. `log_sds` are standard deviations of the logarithm of measured over
+    corrected, by mode: for members of a measured group "one" ("known") and for others ("unknown"), from left-out runs.
     """
 
     effects: Mapping[str, Mapping[str, Mapping[str, float]]]
     lowest: float
     highest: float
-    known_log_sd: float
-    unknown_log_sd: float
+    log_sds: Mapping[str, Mapping[str, float]]
 
     def __post_init__(self) -> None:
         require(self.lowest <= 0 <= self.highest, f"limits {self.lowest}..{self.highest} must hold 0")
-        sds = (self.known_log_sd, self.unknown_log_sd)
-        require(min(sds) > 0, f"standard deviations {sds} must be positive")
+        for mode, sds in self.log_sds.items():
+            require(min(sds.values()) > 0, f"standard deviations {dict(sds)} of {mode} replicas must be positive")
 
     def log_factor(self, who: Subject, at: Occasion) -> FloatArray:
         """Natural logarithm of the correction."""
@@ -197,7 +207,9 @@ class MetricPrior:
         total = np.zeros_like(at.isl)
         for level, slopes in self.effects.items():
             for name, groups in slopes.items():
-                effect = self._by_lengths(groups, who, at) if level == LENGTHS else groups.get(words[level], 0.0)
+                effect = (
+                    self._by_lengths(groups, who, at) if level == LENGTHS else groups.get(words.get(level, ""), 0.0)
+                )
                 if np.any(effect):
                     total = total + effect * basis(name, who, at)
         return np.clip(total, self.lowest, self.highest)
@@ -211,7 +223,7 @@ class MetricPrior:
     def log_sd(self, who: Subject) -> float:
         """Standard deviation of the logarithm of measured over corrected."""
         known = any(group_words(who)["one"] in groups for groups in self.effects.get("one", {}).values())
-        return self.known_log_sd if known else self.unknown_log_sd
+        return self.log_sds[who.mode.value]["known" if known else "unknown"]
 
 
 @dataclass(frozen=True, kw_only=True)

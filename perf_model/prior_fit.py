@@ -32,6 +32,7 @@ from search_spaces.errors import InvalidValueError
 WIDTHS: dict[str, dict[str, dict[str, float]]] = {
     "tpot": {
         "all": {"offset": 0.03},
+        "apart": {"offset": 0.2, "users": 0.05},
         "engine": {"offset": 0.03, "users": 0.005, "tp": 0.005},
         "engine, precision": {"offset": 0.01},
         "engine, kind": {"offset": 0.01},
@@ -45,14 +46,15 @@ WIDTHS: dict[str, dict[str, dict[str, float]]] = {
     },
     "ttft": {
         "all": {"offset": 0.03},
-        "engine": {"offset": 0.04, "users": 0.01, "share": 0.01},
+        "apart": {"offset": 0.05, "backlog": 0.3},
+        "engine": {"offset": 0.04, "users": 0.01, "share": 0.01, "backlog": 0.05},
         "engine, precision": {"offset": 0.01},
         "engine, kind": {"offset": 0.02},
         "engine, generation": {"offset": 0.02},
         "engine, parallel attention": {"offset": 0.02},
         "model": {"offset": 0.02},
         "model, engine": {"offset": 0.02},
-        "one": {"offset": 0.4, "users": 0.13, "isl": 0.13, "tp": 0.13, "share": 0.3},
+        "one": {"offset": 0.4, "users": 0.13, "isl": 0.13, "tp": 0.13, "share": 0.3, "backlog": 0.2},
         "layout": {"offset": 0.2, "users": 0.07},
         LENGTHS: {"offset": 0.2},
     },
@@ -108,7 +110,7 @@ class Sample:
             at, run = occasion(predicted), predicted.run
             words = group_words(who) | {LENGTHS: lengths_word(who, run.isl, run.osl)}
             for level, slopes in widths.items():
-                for name in slopes:
+                for name in slopes if level in words else ():
                     rows.append(row)
                     columns.append(names.setdefault((level, name, words[level]), len(names)))
                     values.append(float(basis(name, who, at)[0]))
@@ -176,7 +178,7 @@ class Fitter:
             left[out] = np.clip(design[out] @ self.effects(used), *LIMITS[self.metric])
         return target - left
 
-    def prior(self, sds: tuple[float, float]) -> MetricPrior:
+    def prior(self) -> MetricPrior:
         """The prior of all runs."""
         values = self.effects(np.ones(len(self.sample.predicted), dtype=bool))
         lowest, highest = LIMITS[self.metric]
@@ -184,9 +186,19 @@ class Fitter:
             effects=_effects(self._design[2], values),
             lowest=lowest,
             highest=highest,
-            known_log_sd=sds[0],
-            unknown_log_sd=sds[1],
+            log_sds=self._log_sds(),
         )
+
+    def _log_sds(self) -> dict[str, dict[str, float]]:
+        """Standard deviations from runs left out alone ("known") or with their model on their system ("unknown")."""
+        known = self.residuals(FOLDS["random fifths"](self.sample))
+        unknown = self.residuals(FOLDS["one model on one system"](self.sample))
+        modes = np.array([who.mode.value for who in self.sample.subjects])
+        held = {}
+        for mode in dict.fromkeys(modes):
+            sds = [interval_sd(residuals[modes == mode]) for residuals in (known, unknown)]
+            held[str(mode)] = {"known": sds[0], "unknown": max(sds)}
+        return held
 
 
 def random_folds(sample: Sample, count: int = 5) -> list[int]:
@@ -221,11 +233,6 @@ def fit(
     if len(used) < 20:
         raise InvalidValueError(f"{len(used)} runs are too few to fit a prior; give at least 20")
     sample = Sample(used)
-    fitted = {}
-    for metric in METRICS:
-        fitter = Fitter(sample, metric)
-        known = interval_sd(fitter.residuals(FOLDS["random fifths"](sample)))
-        unknown = interval_sd(fitter.residuals(FOLDS["one model on one system"](sample)))
-        fitted[metric] = fitter.prior((known, max(unknown, known)))
+    fitted = {metric: Fitter(sample, metric).prior() for metric in METRICS}
     origin = {"runs": str(len(used)), "left out": ", ".join(sorted(words)) or "none", **(provenance or {})}
     return Prior(ttft=fitted["ttft"], tpot=fitted["tpot"], provenance=origin)

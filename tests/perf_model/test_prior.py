@@ -157,11 +157,12 @@ def test_intervals_hold_what_they_state() -> None:
         bias = np.exp(rng.normal(0, 0.25, 2))
         rows += group(60, start=1000 * number, model=model, system=system, bias=tuple(bias), noise=0.1)
     prior = fit(rows)
-    assert prior.tpot.known_log_sd == pytest.approx(0.1, rel=0.35)
-    assert prior.tpot.unknown_log_sd > 1.3 * prior.tpot.known_log_sd
-    assert prior.tpot.log_sd(run_subject(rows[0].run)) == prior.tpot.known_log_sd
+    sds = prior.tpot.log_sds["aggregated"]
+    assert sds["known"] == pytest.approx(0.1, rel=0.35)
+    assert sds["unknown"] > 1.3 * sds["known"]
+    assert prior.tpot.log_sd(run_subject(rows[0].run)) == sds["known"]
     stranger = replace(run_subject(rows[0].run), model="never seen")
-    assert prior.tpot.log_sd(stranger) == prior.tpot.unknown_log_sd
+    assert prior.tpot.log_sd(stranger) == sds["unknown"]
 
 
 def test_the_interval_of_normal_residuals_is_theirs() -> None:
@@ -198,7 +199,8 @@ def test_the_shipped_prior_tells_where_it_comes_from() -> None:
     assert {"file", "sha256", "licence", "command", "runs"} <= set(prior.provenance)
     assert int(prior.provenance["runs"]) > 2000
     assert SHIPPED.stat().st_size < 300_000
-    assert 0 < prior.tpot.known_log_sd < prior.tpot.unknown_log_sd < 1
+    for sds in (*prior.tpot.log_sds.values(), *prior.ttft.log_sds.values()):
+        assert 0 < sds["known"] <= sds["unknown"] < 2
     assert json.loads(SHIPPED.read_text())["format"] == 1
 
 

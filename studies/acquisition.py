@@ -33,7 +33,7 @@ COARSE_SAMPLES, FINE_SAMPLES, FINE_CANDIDATES = 16, 128, 256
 REFERENCE_MARGIN = 0.1
 """The reference point lies this share of the front's range beyond its nadir (Ishibuchi et al., 2018)."""
 
-_CHUNK = 1 << 21
+_CHUNK = 1 << 17
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +80,17 @@ def _insert(upper: FloatArray, defining: FloatArray, point: FloatArray) -> tuple
 
 
 def hypervolume_improvement(values: FloatArray, boxes: Boxes) -> FloatArray:
-    """What each point of `values` (..., m) alone would add to the hypervolume, shape (...)."""
+    """What each point of `values` (..., m) alone would add to the hypervolume, shape (...), in the precision given."""
     points = values.reshape(-1, values.shape[-1])
-    gains = np.empty(len(points))
+    gains = np.empty(len(points), dtype=points.dtype)
+    lower, upper = boxes.lower.astype(points.dtype), boxes.upper.astype(points.dtype)
     step = max(1, _CHUNK // max(1, len(boxes.upper)))
     for begin in range(0, len(points), step):
         part = points[begin : begin + step]
-        volume = np.ones((len(part), len(boxes.upper)))
+        volume = np.ones((len(part), len(upper)), dtype=points.dtype)
         for axis in range(points.shape[1]):
-            floor = np.maximum(boxes.lower[:, axis], part[:, axis, None])
-            volume *= np.maximum(boxes.upper[:, axis] - floor, 0.0)
+            edge = upper[:, axis] - np.maximum(lower[:, axis], part[:, axis, None])
+            volume *= np.maximum(edge, 0.0, out=edge)
         gains[begin : begin + step] = volume.sum(1)
     return gains.reshape(values.shape[:-1])
 
@@ -201,7 +202,9 @@ def _boxes(question: Question) -> Boxes:
 
 def _expected_improvement(beliefs: Beliefs, question: Question, boxes: Boxes, rows: IntArray, count: int) -> FloatArray:
     samples = _samples(beliefs, rows, count, question.seed)
-    gains = hypervolume_improvement(question.scale.apply(question.objectives(samples, rows)), boxes)
+    points = question.scale.apply(question.objectives(samples, rows))
+    # Single precision tells few samples apart well enough, in half the time.
+    gains = hypervolume_improvement(points.astype(np.float32) if count == COARSE_SAMPLES else points, boxes)
     met = ~question.violations(samples, rows)
     return np.asarray((gains * met).mean(0) * beliefs.start[rows])
 

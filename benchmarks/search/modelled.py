@@ -14,6 +14,7 @@ from perf_model.surrogate import (
     Hyperparameters,
     HyperPrior,
     Surrogate,
+    correct_all,
     fit,
     interval_width,
     learn,
@@ -137,9 +138,10 @@ class CorrectedSearch:
 
     def _fit(self, measured: list[int], residuals: list[list[float]]) -> list[Surrogate]:
         rows = np.array(measured, dtype=int)
+        seen = self.modelled.features.take(rows)
         return [
             fit(
-                self.modelled.features.take(rows),
+                seen,
                 self.modelled.log_ratio[rows, k],
                 prior=prior,
                 width=interval_width(residuals[k]),
@@ -148,7 +150,7 @@ class CorrectedSearch:
         ]
 
     def _beliefs(self, surrogates: list[Surrogate]) -> Beliefs:
-        corrections = [surrogate.correct(self.modelled.features) for surrogate in surrogates]
+        corrections = correct_all(surrogates, self.modelled.features)
         shift = np.column_stack([correction.mean for correction in corrections])
         n = len(self.modelled.table)
         return Beliefs(

@@ -4,7 +4,7 @@
     lease.ensure()                               # LeaseLostError where another one has it by now
     lease.stop_order                             # what `order_stop` wrote, from any machine
     lease.note("trial 3 measured")               # a line of the study's log
-    lease.release()
+    lease.release()                              # or `with take_lease(...) as lease:`
 
 A thread renews the lease through connections of its own. A lease is free to take where nobody holds it, where its
 process is certainly gone (looked up on the same machine), or where it was not renewed for its expiry on the storage's
@@ -25,6 +25,8 @@ import uuid
 import weakref
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from types import TracebackType
+from typing import Self
 
 from search_spaces.errors import require
 from studies.coordinator import Coordinator, this_coordinator
@@ -66,9 +68,22 @@ def times_for(expiry_s: float) -> LeaseTimes:
     return LeaseTimes(expiry_s=expiry_s, renew_s=expiry_s / 6, poll_s=min(2.0, expiry_s / 6))
 
 
-def take_lease(storage: Storage, study: str, times: LeaseTimes | None = None) -> Lease:
-    """Become the coordinator of `study`; raises `StudyBusyError` where another one is. Of several takers one wins."""
-    times = times or LeaseTimes()
+def take_lease(storage: Storage, study: str, times: LeaseTimes | None = None, *, wait_s: float = 0.0) -> Lease:
+    """Become the coordinator of `study`; raises `StudyBusyError` where another one still is after `wait_s`.
+
+    Of several takers one wins.
+    """
+    deadline = uptime_s() + wait_s
+    while True:
+        try:
+            return _take(storage, study, times or LeaseTimes())
+        except StudyBusyError:
+            if uptime_s() >= deadline:
+                raise
+            time.sleep(min(1.0, wait_s))
+
+
+def _take(storage: Storage, study: str, times: LeaseTimes) -> Lease:
     book = open_lease_book(storage)
     try:
         for _ in range(SWAP_TRIES):
@@ -198,6 +213,15 @@ class Lease:
     def release(self) -> None:
         """Write the log to its end and let others take the study; after a loss or a first call it does nothing."""
         self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Release it; an error that ends the run is noted in the log."""
+        if kind is not None:
+            self.note(f"this run ended with an error: {kind.__name__}: {error}")
+        self.release()
 
     def abandon(self) -> None:
         """Stop renewing and tell nobody, as a process that dies would."""

@@ -423,9 +423,13 @@ class Study:
     def close(self) -> None:
         """Write what is buffered, unless the lease is lost, and let others write to the study."""
         with suppress(LeaseLostError):
-            self.lease.ensure()
-            self._log.flush()
+            self.flush()
         self.lease.release()
+
+    def flush(self) -> None:
+        """Write what is buffered; raises `LeaseLostError`."""
+        self.lease.ensure()
+        self._log.flush()
 
     def __enter__(self) -> Self:
         return self

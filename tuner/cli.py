@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from search_spaces.errors import TunerError
+from tuner.remote import add_commands
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 study_app = typer.Typer(help="Run studies and look at what they found.", no_args_is_help=True)
+add_commands(study_app)
 app.add_typer(study_app, name="study")
 
 Storage = Annotated[
@@ -42,6 +44,7 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="Print one line per event instead of a live view.")]
+Detach = Annotated[bool, typer.Option("--detach", help="Run it on the Ray cluster and return at once.")]
 Name = Annotated[str, typer.Argument(help="Name of a study.")]
 
 
@@ -79,11 +82,16 @@ def run(
     storage: Storage = None,
     as_json: AsJson = False,
     no_progress: NoProgress = False,
+    detached: Detach = False,
 ) -> None:
     """Run the study of FILE; one that was begun before goes on where it stopped."""
+    from tuner.remote import detach
     from tuner.study_file import load_study_file
 
     study = load_study_file(file, overrides or [])
+    if detached:
+        detach(study, _place(study, storage), address)
+        return
     _run(study, _place(study, storage), address=address, as_json=as_json, no_progress=no_progress)
 
 
@@ -95,8 +103,10 @@ def resume(
     storage: Storage = None,
     as_json: AsJson = False,
     no_progress: NoProgress = False,
+    detached: Detach = False,
 ) -> None:
     """Go on with a study that was stopped, or whose budget is raised (--set budget.trials=40)."""
+    from tuner.remote import detach
     from tuner.stored import history_of, stored_file
     from tuner.study_file import load_study_file
 
@@ -107,6 +117,9 @@ def resume(
     else:
         place = _existing(storage)
         file = stored_file(history_of(place, study), place, overrides or [])
+    if detached:
+        detach(file, place, address)
+        return
     _run(file, place, address=address, as_json=as_json, no_progress=no_progress)
 
 
@@ -188,14 +201,16 @@ def _run(study: StudyFile, place: Place, *, address: str | None, as_json: bool, 
         print("Interrupted. Nothing that was measured is lost; the same command goes on.", file=sys.stderr)
         raise typer.Exit(130) from None
     _show_end(ended, place, as_json=as_json)
-    if stop.signal_number is not None:
+    if ended.reason is None:
         print(f"Stopped. Nothing that was measured is lost; {_how_to_resume(study)}", file=sys.stderr)
-        raise typer.Exit(128 + stop.signal_number)
+        raise typer.Exit(128 + (stop.signal_number or signal.SIGTERM))
 
 
 def _how_to_resume(study: StudyFile) -> str:
     """The command that goes on; a storage URL with a password is not repeated."""
-    named = "storage" in study.model_fields_set and "@" not in study.storage
+    from studies.redaction import redacted
+
+    named = "storage" in study.model_fields_set and redacted(study.storage) == study.storage
     return f"go on with: tuner study resume {study.name}{f' --storage {study.storage}' if named else ''}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from search_spaces.errors import InvalidValueError
@@ -19,8 +19,18 @@ DEFAULT_FOLDER = Path("tuner-data")
 class Place:
     """`url` of a storage and the `directory` of what lies beside it: artefacts, predictions, reports, working files."""
 
-    url: str
+    url: str = field(repr=False)
     directory: Path
+
+    @property
+    def file(self) -> Path | None:
+        """The file behind `url`; None where a server keeps the studies."""
+        return _file_of(self.url)
+
+    @property
+    def absolute_url(self) -> str:
+        """`url`, valid in any working directory of this machine."""
+        return self.url if self.file is None else self.url.replace(str(self.file), str(self.file.resolve()), 1)
 
     @property
     def artifacts(self) -> Path:
@@ -42,6 +52,10 @@ class Place:
     def deployments(self, study: str) -> Path:
         """Working files of a study's deployments, and the models that they load."""
         return self.directory / "work" / study / "deployments"
+
+    def coordinator(self, study: str) -> Path:
+        """Study file and log of a detached coordinator."""
+        return self.directory / "work" / study / "coordinator"
 
     def clear_work(self, study: str) -> None:
         """Remove what a dead run left of trials and deployments; the models stay. Only for the study's one writer."""
@@ -81,9 +95,9 @@ def _folder_of(url: str) -> Path:
 
 def _file_of(url: str) -> Path | None:
     """The file behind `url`: SQLite databases and journal files have one."""
-    scheme, separator, rest = url.partition(":///")
-    if not separator or not rest or rest == ":memory:":
-        return None
-    if scheme.split("+")[0] in {"sqlite", "journal"}:
-        return Path(rest.split("?")[0])
-    return None
+    scheme, _, rest = url.partition("://")
+    if scheme == "journal":
+        return Path(rest) if rest else None
+    database = rest.removeprefix("/").split("?")[0]
+    is_file = scheme.split("+")[0] == "sqlite" and rest.startswith("/") and database not in {"", ":memory:"}
+    return Path(database) if is_file else None

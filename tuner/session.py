@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
@@ -12,14 +14,16 @@ from search_spaces.rules import infeasibility
 from search_spaces.space import Space
 from studies.errors import StudyFileChangedError
 from studies.history import StudyHistory
+from studies.lease import Lease, LeaseTimes, take_lease, times_for
 from studies.stopping import StopReason, progress_of
-from studies.storage import open_storage
+from studies.storage import Storage, open_storage
 from studies.study import Study, StudySetup, create_study, open_study
 from tuner.access import Cluster, Connect
 from tuner.devices import load_devices, save_devices
 from tuner.loop import LearningModel, Search, SearchPlan
 from tuner.observer import Observer
 from tuner.places import Place
+from tuner.recording import Recording
 from tuner.report import StudyReport
 from tuner.stored import find_history, make_report
 from tuner.study_errors import StudyFileError
@@ -30,16 +34,17 @@ from tuner.wording import number
 
 FREE_TO_CHANGE = ("budget.",)
 """Keys that may differ from the stored study file: how long to search is no part of the question."""
-
+LEASE_EXPIRY_VARIABLE, LEASE_WAIT_VARIABLE = "TUNER_LEASE_EXPIRY_S", "TUNER_LEASE_WAIT_S"
 
 Stop = AbstractContextManager[Callable[[], bool]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a run ended: `reason` is None where it was stopped on request."""
+    """How a run ended: `reason` is None where it was stopped on request, by a signal or by `stop_order`."""
 
     reason: StopReason | None
+    stop_order: str | None = None
     report: StudyReport
 
 
@@ -50,6 +55,24 @@ def run_study(file: StudyFile, place: Place, *, connect: Connect, stop: Stop, ob
     `StudyFileChangedError`, with the difference, where the study was made with another file.
     """
     storage = open_storage(place.url)
+    with take_lease(storage, file.name, lease_times(), wait_s=lease_wait_s()) as lease:
+        recording = Recording(observer=observer, note_line=lease.note)
+        recording.note(f"run {lease.run} of study {file.name} by process {os.getpid()} on host {socket.gethostname()}")
+        ended = _run(file, place, storage, lease, connect=connect, stop=stop, observer=recording)
+        recording.note(f"the search ended: {ended.reason or ended.stop_order or 'it was interrupted'}")
+        return ended
+
+
+def _run(
+    file: StudyFile,
+    place: Place,
+    storage: Storage,
+    lease: Lease,
+    *,
+    connect: Connect,
+    stop: Stop,
+    observer: Observer,
+) -> Ended:
     history = find_history(storage, file.name)
     stored = history.study_file if history else dump_study(file)
     check_same_question(file, stored, observer)
@@ -63,10 +86,21 @@ def run_study(file: StudyFile, place: Place, *, connect: Connect, stop: Stop, ob
         problem = make_problem(file, devices)
         model = LearningModel(make_predictor(problem, file))
         setup = _setup(file, place, stored, problem, model)
-        study = open_study(storage, setup) if history else create_study(storage, setup)
-        with study:
-            reason = _search(study, file, place, model, cluster, stop, observer)
-            return Ended(reason=reason, report=make_report(study.history, file))
+        study = open_study(storage, setup, lease) if history else create_study(storage, setup, lease)
+        reason = _search(study, file, place, model, cluster, stop, observer)
+        study.flush()
+        order = f"stopped on the order of {lease.stop_order.by}" if lease.stop_order and reason is None else None
+        return Ended(reason=reason, stop_order=order, report=make_report(study.history, file))
+
+
+def lease_times() -> LeaseTimes:
+    """How long a lease lives without a heartbeat: the variable TUNER_LEASE_EXPIRY_S, 60 s by default."""
+    return times_for(float(os.environ.get(LEASE_EXPIRY_VARIABLE, "60")))
+
+
+def lease_wait_s() -> float:
+    """How long to wait for the lease of another coordinator: the variable TUNER_LEASE_WAIT_S, not at all by default."""
+    return float(os.environ.get(LEASE_WAIT_VARIABLE, "0"))
 
 
 def check_same_question(file: StudyFile, stored: str, observer: Observer) -> None:
@@ -171,5 +205,10 @@ def _search(
         work_dir=place.trials(file.name),
         seed=file.seed,
     )
-    with stop as stop_requested, closing(cluster.runner(file.name)) as runner:
+    with stop as signalled, closing(cluster.runner(file.name)) as runner:
+
+        def stop_requested() -> bool:
+            study.lease.ensure()
+            return signalled() or study.lease.stop_order is not None
+
         return Search(study, runner, model, plan, observer, stop_requested).run()

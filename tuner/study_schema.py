@@ -118,7 +118,8 @@ def _study_name(name: str) -> str:
 
 def _storage_url(url: str) -> str:
     if "://" not in url:
-        raise InvalidValueError(f"{url!r} is no storage URL; write such as {DEFAULT_STORAGE}")
+        shown = f"***@{url.rpartition('@')[2]}" if "@" in url else url
+        raise InvalidValueError(f"{shown!r} is no storage URL; write such as {DEFAULT_STORAGE}")
     return url
 
 

@@ -25,8 +25,8 @@ LENGTH_SHARE = 0.9  # lengths were drawn evenly between 80% and 100% of isl and 
 BURST_SHARE = 0.1  # a run of ten requests for each user starts with one of each user at once
 # Lengths (isl, osl) of InferenceX, whose client draws them; the other public runs keep them equal.
 DRAWN_LENGTHS = frozenset({("1024", "1024"), ("1024", "8192"), ("8192", "1024")})
-# With equal lengths, engines whose prefill stops decoding keep most users in step (fitted); the others spread them.
-EQUAL_BURST_SHARE = {"sglang": 0.6}
+# With equal lengths, engines whose prefill stops decoding keep users in step; the others spread them.
+EQUAL_BURST_SHARE = {"sglang": 1.0}
 POLLED_STEPS = (20.0, 40.0)  # fitted to SGLang's runs on B200, below and from 16 requests in flight
 WORDS_OF_PRECISION = {"nvfp4": "fp4", "fp8": "fp8", "fp8_block": "fp8", "bfloat16": "bf16", "int4_wo": "int4"}
 

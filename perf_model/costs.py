@@ -70,7 +70,7 @@ class OperationCosts:
             first, second = (
                 total([self.token_curve(op) for op in group]) for group in (operation.first, operation.second)
             )
-            return _longest(first, second)
+            return longest(first, second)
         unit = replace(operation, name="", count=1.0)
         if unit not in self._curves:
             self._curves[unit] = self._token_curve(unit)
@@ -115,6 +115,18 @@ class OperationCosts:
                 return self._sparse(operation, decode=decode)
             case LinearKernel():
                 return self._linear(operation, decode=decode)
+
+    def token_light(self, operation: TokenOperation, tokens: FloatArray) -> FloatArray:
+        """Speed of light of a token-wise operation in milliseconds, up to a factor that systems share."""
+        match operation:
+            case Gemm():
+                return self._gemm_light(operation, tokens, operation.n, operation.k)
+            case Experts():
+                return self._experts_light(operation, tokens * operation.tokens_factor)
+            case Communication():
+                return np.full_like(tokens, 1.0 / self.system.link_bandwidth)
+            case _:
+                return np.full_like(tokens, 1.0 / self.system.memory_bandwidth)
 
     def module_formats(self) -> frozenset[str]:
         """Formats in which latent attention is tabled as a module for prefill and decode alike."""
@@ -425,7 +437,8 @@ def _line(at_zero: float, at_one: float) -> Curve:
     return Curve(x=x, y=at_zero + slope * x, low=0.0, high=MOST_TOKENS, origin=Origin.ROOFLINE)
 
 
-def _longest(first: Curve, second: Curve) -> Curve:
+def longest(first: Curve, second: Curve) -> Curve:
+    """The longer of two curves at each point: operations side by side on two streams."""
     knots = np.unique(np.concatenate([first.x, second.x]))
     longer = np.maximum(first(knots), second(knots))
     return Curve(x=knots, y=longer, low=max(first.low, second.low), high=min(first.high, second.high))
@@ -543,6 +556,19 @@ def _attention_rows(
 
 
 Light = Callable[[FloatArray, FloatArray], FloatArray]
+
+
+def attention_light(system: GpuSystem, operation: AttentionOperation, *, decode: bool) -> Light:
+    """Speed of light of an attention operation over sequences and length, in milliseconds."""
+    match operation:
+        case SelfAttention():
+            return _attention_light(system, operation, decode=decode)
+        case LatentKernel() | LatentModule():
+            return _latent_light(system, operation, decode=decode)
+        case SparseModule():
+            return _sparse_light(system, operation, decode=decode)
+        case LinearKernel():
+            return _linear_light(system, operation, decode=decode)
 
 
 def _attention_light(system: GpuSystem, operation: SelfAttention, *, decode: bool) -> Light:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from perf_model.borrowed import BorrowedCosts, costs_of
 from perf_model.costs import OperationCosts
 from perf_model.footprint import Footprint
 from perf_model.hosts import HOSTS, HostedSteps, HostTraits, host_traits
@@ -17,7 +18,7 @@ from perf_model.numeric import FloatArray
 from perf_model.precision import Precision
 from perf_model.steps import TableSteps
 from perf_model.systems import GpuSystem, read_system
-from perf_model.tables import TableStore, default_root
+from perf_model.tables import default_root
 from search_spaces.errors import InvalidValueError
 from search_spaces.model import ModelSpec
 
@@ -65,7 +66,9 @@ class Silicon:
     repair: bool = True
     hosts: Mapping[str, HostTraits] = field(default_factory=lambda: HOSTS)
     systems: dict[str, GpuSystem] = field(default_factory=dict, compare=False, repr=False)
-    _costs: dict[tuple[str, str], OperationCosts] = field(default_factory=dict, compare=False, repr=False)
+    _costs: dict[tuple[str, str], OperationCosts | BorrowedCosts] = field(
+        default_factory=dict, compare=False, repr=False
+    )
     _kernels: dict[ReplicaKey, TableSteps] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
@@ -83,11 +86,11 @@ class Silicon:
         self.systems[system.name] = system
         return self
 
-    def costs(self, system: str, engine: str) -> OperationCosts:
+    def costs(self, system: str, engine: str) -> OperationCosts | BorrowedCosts:
         """Times of operations on `system` with `engine`."""
         key = (system, engine)
         if key not in self._costs:
-            self._costs[key] = OperationCosts(TableStore(self.root, system, engine), self.system(system), self.repair)
+            self._costs[key] = costs_of(self.root, self.system(system), engine, repair=self.repair)
         return self._costs[key]
 
     def replica(self, key: ReplicaKey) -> GpuReplica:

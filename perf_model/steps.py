@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from perf_model.batch import StepBatch
+from perf_model.borrowed import BorrowedCosts
 from perf_model.costs import OperationCosts
 from perf_model.curves import DenseCurve, DenseSurface, Origin, dense, dense_surface, total
 from perf_model.layout import StepPlan
@@ -51,7 +52,7 @@ class TableSteps:
     """Step times from operation tables: what `phases.StepTimes` asks for, with the origin of each share."""
 
     plan: StepPlan
-    costs: OperationCosts
+    costs: OperationCosts | BorrowedCosts
 
     @cached_property
     def _prefill(self) -> _Phase:

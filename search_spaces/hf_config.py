@@ -38,6 +38,7 @@ FAMILIES: dict[str, str] = {
             "Gemma3ForCausalLM",
             "Gemma3ForConditionalGeneration",
             "MiMoForCausalLM",
+            "Qwen3VLForConditionalGeneration",
         ),
         "dense",
     ),
@@ -49,6 +50,7 @@ FAMILIES: dict[str, str] = {
             "GptOssForCausalLM",
             "MiniMaxM2ForCausalLM",
             "Glm4MoeForCausalLM",
+            "Qwen3VLMoeForConditionalGeneration",
         ),
         "moe",
     ),
@@ -91,7 +93,17 @@ def read_model(path: Path, *, name: str | None = None, nearest: bool = False) ->
         raw = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise InvalidValueError(f"{file} is no JSON: {error}; give a Hugging Face config.json") from error
+    raw = {"quantization_config": _beside(file), **raw}
     return model_from_config(raw, name=name or file.parent.name, source=str(file.parent), nearest=nearest)
+
+
+def _beside(file: Path) -> Config:
+    """What `hf_quant_config.json` beside a config says of quantisation; empty where there is none."""
+    quantised = file.with_name("hf_quant_config.json")
+    if not quantised.is_file():
+        return {}
+    found: Config = json.loads(quantised.read_text(encoding="utf-8")).get("quantization") or {}
+    return found
 
 
 def model_from_config(

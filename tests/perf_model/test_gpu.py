@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from perf_model.batch import step_batch
 from perf_model.columns import columns, predict_columns, predict_replica
+from perf_model.curves import Origin
 from perf_model.explain import Bottleneck, explain
 from perf_model.layout import ReplicaLayout
 from perf_model.precision import Precision, checkpoint_precision
@@ -136,14 +138,27 @@ def test_fewer_sequences_queue(tables: Path) -> None:
     assert few.metrics["ttft_mean_ms"] > 5 * many.metrics["ttft_mean_ms"]
 
 
-def test_a_gpu_without_tables_is_modelled_by_its_roofline_and_less_sure(tables: Path) -> None:
+def test_a_gpu_without_tables_borrows_utilisation_and_is_less_sure(tables: Path) -> None:
+    """The same GPU under another name has no tables: the times are the same, the certainty is not."""
     unknown = replace(GPU, name="X900")
     known, guessed = (
         ServingPredictor(problem(device), tables=tables).predict([candidate(Role.MIXED)])[0]
         for device in (GPU, unknown)
     )
-    assert guessed.metrics["tpot_mean_ms"] == pytest.approx(known.metrics["tpot_mean_ms"], rel=1.0)
+    assert guessed.metrics["tpot_mean_ms"] == pytest.approx(known.metrics["tpot_mean_ms"], rel=0.05)
     assert guessed.log_stddev["tpot_mean_ms"] > known.log_stddev["tpot_mean_ms"]
+
+
+def test_a_faster_gpu_without_tables_is_faster_by_its_speed_of_light(tables: Path) -> None:
+    silicon = Silicon(tables)
+    slow = silicon.system("test_sxm")
+    fast = replace(slow, name="fast", memory_bandwidth=2e12, flops={k: 2 * v for k, v in slow.flops.items()})
+    batch = step_batch(prefill_tokens=[4096.0], prefill_seqs=1.0, prompt=[4096.0])
+    one = silicon.kernels(key()).breakdown_ms(batch)
+    two = silicon.with_system(fast).kernels(replace(key(), system="fast")).breakdown_ms(batch)
+    for name in ("qkv projection", "feed-forward down", "prefill attention"):
+        assert two[name][0] == pytest.approx(one[name][0] / 2, rel=0.02), name
+    assert silicon.kernels(replace(key(), system="fast")).origins(batch)[Origin.ROOFLINE] == pytest.approx(1.0)
 
 
 def test_too_small_a_gpu_says_what_it_lacks(tables: Path) -> None:

@@ -139,6 +139,13 @@ def test_missing_files_and_fields_are_named(tmp_path: Path) -> None:
         read_model(tmp_path)
 
 
+def test_quantisation_is_read_from_the_file_beside_the_config(tmp_path: Path) -> None:
+    folder = write(tmp_path / "m", architectures=["LlamaForCausalLM"], **TINY)
+    beside = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(beside), encoding="utf-8")
+    assert read_model(folder).quantization == "fp8"
+
+
 def test_quantisation_is_read() -> None:
     config = {"architectures": ["LlamaForCausalLM"], **TINY}
     for found, word in (

@@ -129,12 +129,12 @@ def _criteria(searchers: dict[str, dict[str, float]], ours: list[Run]) -> list[d
         add("to 95%: ours / best other sampler", mine["to_95%"] / min(r["to_95%"] for r in rivals.values()), 1 / 2)
         add("to 99%: ours / best other sampler", mine["to_99%"] / min(r["to_99%"] for r in rivals.values()), 1 / 3)
     add(f"regret after {EARLY} measurements", mine[f"regret_after_{EARLY}"], 0.05)
-    late = [forecast for run in ours for forecast in run.forecasts[EARLY:]]
+    late = [run.forecasts[EARLY:] for run in ours if len(run.forecasts) > EARLY]
     if late:
-        errors = np.median([forecast.error for forecast in late], axis=0)
+        errors = np.median([np.median([f.error for f in run], axis=0) for run in late], axis=0)
         add(f"TPOT one-step-ahead error after {EARLY}", float(errors[1]), 0.08)
         add(f"TTFT one-step-ahead error after {EARLY}", float(errors[0]), 0.20)
-        add("coverage of 90% intervals", float(np.mean([f.covered for f in late])), 0.95, least=0.85)
+        add("coverage of 90% intervals", float(np.mean([f.covered for run in late for f in run])), 0.95, least=0.85)
     return found
 
 

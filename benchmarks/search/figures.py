@@ -19,6 +19,8 @@ from studies.acquisition import front_scale, nondominated
 
 TARGETS = (0.95, 0.99)
 EARLY = 12
+FORECASTS_UNTIL = 24
+"""A search that forecasts goes on to this many measurements, so that every table counts in its errors."""
 
 
 class Yardstick:
@@ -67,7 +69,8 @@ class Run:
 
 
 def replay(yardstick: Yardstick, order: Iterable[int], forecasts: list[Forecast] | None = None) -> Run:
-    """Follow `order` until the last target is reached."""
+    """Follow `order` until the last target is reached, and to FORECASTS_UNTIL where it writes `forecasts`."""
+    least = 0 if forecasts is None else FORECASTS_UNTIL
     rows: list[int] = []
     needed: list[int] = []
     early = 0.0
@@ -77,7 +80,7 @@ def replay(yardstick: Yardstick, order: Iterable[int], forecasts: list[Forecast]
         early = share if len(rows) <= EARLY else early
         while len(needed) < len(TARGETS) and share >= TARGETS[len(needed)] - 1e-12:
             needed.append(len(rows))
-        if len(needed) == len(TARGETS):
+        if len(needed) == len(TARGETS) and len(rows) >= least:
             break
     needed += [len(rows)] * (len(TARGETS) - len(needed))
-    return Run(needed=tuple(needed), early_regret=1.0 - early, forecasts=tuple(forecasts or ()))
+    return Run(needed=tuple(needed), early_regret=1.0 - early, forecasts=tuple((forecasts or ())[:least]))

@@ -200,7 +200,9 @@ def _boxes(question: Question) -> Boxes:
     return nondominated_boxes(front[nondominated(front)], question.scale.reference)
 
 
-def _expected_improvement(beliefs: Beliefs, question: Question, boxes: Boxes, rows: IntArray, count: int) -> FloatArray:
+def _expected_improvement(
+    beliefs: Beliefs, question: Question, boxes: Boxes, rows: IntArray, count: int, *, single: bool = False
+) -> FloatArray:
     samples = _samples(beliefs, rows, count, question.seed)
     points = question.scale.apply(question.objectives(samples, rows))
     gains = hypervolume_improvement(points.astype(np.float32) if single else points, boxes)

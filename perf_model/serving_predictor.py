@@ -25,6 +25,7 @@ from search_spaces.serving import Candidate
 # scatter about the model (docs/perf-model.md), and what the share of time without a table adds.
 TABLE_ERROR = {"tpot": 0.2, "itl": 0.25, "ttft": 0.4, "e2e": 0.22}
 THROUGHPUT_ERROR = 0.22
+NO_TABLES = Path("no-operation-tables")  # a directory that does not exist: everything comes from the roofline
 ROOFLINE_ERROR = 0.3
 
 
@@ -39,7 +40,7 @@ class ServingPredictor:
     def __init__(self, problem: Problem, *, run_requests: int = 64, tables: Path | None = None) -> None:
         self._problem = problem
         self._embedded = EmbeddedGroups(problem, float(run_requests))
-        silicon = Silicon(tables or default_root() or Path())
+        silicon = Silicon(tables or default_root() or NO_TABLES)
         self._gpus = GpuGroups(problem, silicon, float(run_requests))
 
     def predict(self, candidates: Sequence[Candidate]) -> list[Prediction]:

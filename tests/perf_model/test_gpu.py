@@ -161,6 +161,13 @@ def test_a_faster_gpu_without_tables_is_faster_by_its_speed_of_light(tables: Pat
     assert silicon.kernels(replace(key(), system="fast")).origins(batch)[Origin.ROOFLINE] == pytest.approx(1.0)
 
 
+def test_without_any_table_the_roofline_answers(tables: Path, tmp_path: Path) -> None:
+    backed = ServingPredictor(problem(), tables=tables).predict([candidate(Role.MIXED)])[0]
+    bare = ServingPredictor(problem(), tables=tmp_path / "none").predict([candidate(Role.MIXED)])[0]
+    assert bare.metrics["tpot_mean_ms"] == pytest.approx(backed.metrics["tpot_mean_ms"], rel=1.0)
+    assert bare.log_stddev["tpot_mean_ms"] > backed.log_stddev["tpot_mean_ms"]
+
+
 def test_too_small_a_gpu_says_what_it_lacks(tables: Path) -> None:
     small = replace(GPU, name="small", memory_bytes=1e7)
     prediction = ServingPredictor(problem(small), tables=tables).predict([candidate(Role.MIXED)])[0]

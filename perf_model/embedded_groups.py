@@ -48,12 +48,13 @@ class EmbeddedGroups:
     def _infeasible(self, group: list[Candidate]) -> list[str | None]:
         reasons: list[str | None] = [None] * len(group)
         for role in group[0].config.mode.roles:
-            need = self._memory([c.config.pool(role) for c in group], group[0].config.engine)
+            need = self.memory([c.config.pool(role) for c in group], group[0].config.engine)
             for index in np.flatnonzero(~need.fits):
                 reasons[index] = reasons[index] or f"{role} replica: {need.explain(int(index))}"
         return reasons
 
-    def _memory(self, pools: list[Pool], engine: str) -> MemoryNeed:
+    def memory(self, pools: list[Pool], engine: str) -> MemoryNeed:
+        """What a replica of each of `pools` needs."""
         model, traits = self._problem.model, engine_traits(engine)
         tokens = self._problem.workload.longest_context
         slots = floats([option(engine, pool, "max_num_seqs") for pool in pools])
@@ -69,7 +70,8 @@ class EmbeddedGroups:
             capacity_bytes=floats([device.memory_bytes * pool.devices_per_replica for pool in pools]),
         )
 
-    def _steps(self, engine: str, pool: Pool) -> EmbeddedSteps:
+    def steps(self, engine: str, pool: Pool) -> EmbeddedSteps:
+        """Step times of a replica of `pool`."""
         return EmbeddedSteps(
             model=self._problem.model,
             device=self._problem.node_pool(pool.node_pool).device,
@@ -83,8 +85,8 @@ class EmbeddedGroups:
         engine = group[0].config.engine
         pools = [c.config.pool(Role.MIXED) for c in group]
         replicas = floats([pool.replicas for pool in pools])
-        load = self._rank_load(group, pools, replicas)
-        steps = self._steps(engine, pools[0])
+        load = self.rank_load(group, pools, replicas)
+        steps = self.steps(engine, pools[0])
         estimate = aggregated(steps, load)
         batch = step_batch(decode_seqs=np.maximum(estimate.decode_seqs, 1.0), decode_context=load.mean_context)
         return GroupAnswer(
@@ -94,7 +96,8 @@ class EmbeddedGroups:
             refused=self._infeasible(group),
         )
 
-    def _rank_load(self, group: list[Candidate], pools: list[Pool], replicas: FloatArray) -> RankLoad:
+    def rank_load(self, group: list[Candidate], pools: list[Pool], replicas: FloatArray) -> RankLoad:
+        """What a replica of each of `pools` is asked to do."""
         engine, workload = group[0].config.engine, self._problem.workload
         size, isl = len(group), float(workload.isl.mean)
         return RankLoad(
@@ -112,9 +115,9 @@ class EmbeddedGroups:
 
     def _disaggregated(self, group: list[Candidate]) -> GroupAnswer:
         engine = group[0].config.engine
-        decode = self._steps(engine, group[0].config.pool(Role.DECODE))
-        prefill = self._steps(engine, group[0].config.pool(Role.PREFILL))
-        load = self._pair_load(group)
+        decode = self.steps(engine, group[0].config.pool(Role.DECODE))
+        prefill = self.steps(engine, group[0].config.pool(Role.PREFILL))
+        load = self.pair_load(group)
         estimate = disaggregated(prefill, decode, load)
         context = load.isl + load.osl / 2.0
         batch = step_batch(decode_seqs=np.maximum(estimate.decode_seqs, 1.0), decode_context=context)
@@ -125,7 +128,8 @@ class EmbeddedGroups:
             refused=self._infeasible(group),
         )
 
-    def _pair_load(self, group: list[Candidate]) -> PairLoad:
+    def pair_load(self, group: list[Candidate]) -> PairLoad:
+        """What the replicas of disaggregated candidates are asked to do."""
         engine, workload = group[0].config.engine, self._problem.workload
         traits: EngineTraits = engine_traits(engine)
         size, isl = len(group), float(workload.isl.mean)

@@ -26,8 +26,11 @@ from search_spaces.serving import Candidate, Mode, OptionValue, Pool, Role
 
 # Engines that behave as another one does, and options under the names of each.
 BEHAVES_AS = {"emulated": "vllm"}
+SEQUENCE_OPTIONS = ("max_num_seqs", "max_running_requests", "max_batch_size")
 BUDGET_OPTIONS = ("max_num_batched_tokens", "chunked_prefill_size", "max_num_tokens")
 MEMORY_OPTIONS = ("gpu_memory_utilization", "mem_fraction_static", "kv_cache_free_gpu_memory_fraction")
+CACHING_OPTIONS = ("enable_prefix_caching", "enable_block_reuse")
+WEIGHTS = ("gemm", "projections", "moe")
 HANDOVER_MS = 10.0  # meta-data exchange before a KV cache moves
 
 
@@ -49,7 +52,8 @@ class GpuGroups:
                 pool.parallelism,
                 _find(engine, pool, ("kv_cache_dtype",)),
                 _find(engine, pool, MEMORY_OPTIONS),
-                _find(engine, pool, ("enable_prefix_caching",)),
+                _caches_prefixes(engine, pool),
+                _find(engine, pool, ("quantization",)),
             )
             for pool in candidate.config.pools
         )
@@ -60,32 +64,39 @@ class GpuGroups:
             return self._aggregated(group)
         return self._disaggregated(group)
 
-    def _replica(self, engine: str, pool: Pool) -> GpuReplica:
-        node_pool, parallel = self._problem.node_pool(pool.node_pool), pool.parallelism
-        layout = ReplicaLayout(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, ep=parallel.ep)
+    def key(self, engine: str, pool: Pool) -> ReplicaKey:
+        """What decides the step times of the replicas of `pool`."""
+        parallel = pool.parallelism
         cache = "fp8" if str(_find(engine, pool, ("kv_cache_dtype",)) or "auto").startswith("fp8") else "bfloat16"
         precision: Precision = checkpoint_precision(self._problem.model, cache=cache)
-        behaves = BEHAVES_AS.get(engine, engine)
-        silicon = self._silicon.with_system(system_of(node_pool, self._silicon))
-        replica = silicon.replica(
-            ReplicaKey(
-                model=self._problem.model,
-                system=system_name(node_pool),
-                engine=behaves,
-                layout=layout,
-                precision=precision,
+        if _find(engine, pool, ("quantization",)) == "fp8":
+            precision = replace(
+                precision, **{name: "fp8" for name in WEIGHTS if getattr(precision, name) == "bfloat16"}
             )
+        return ReplicaKey(
+            model=self._problem.model,
+            system=system_name(self._problem.node_pool(pool.node_pool)),
+            engine=BEHAVES_AS.get(engine, engine),
+            layout=ReplicaLayout(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, ep=parallel.ep),
+            precision=precision,
         )
+
+    def replica(self, engine: str, pool: Pool) -> GpuReplica:
+        """Step times and memory of the replicas of `pool`."""
+        node_pool = self._problem.node_pool(pool.node_pool)
+        silicon = self._silicon.with_system(system_of(node_pool, self._silicon))
+        replica = silicon.replica(self.key(engine, pool))
         share = _find(engine, pool, MEMORY_OPTIONS)
         if share is None:
             return replica
         return replace(replica, footprint=replace(replica.footprint, memory_share=float(share)))
 
-    def _rows(self, group: list[Candidate], pools: list[Pool]) -> Columns:
+    def rows(self, group: list[Candidate], pools: list[Pool]) -> Columns:
+        """The loads of candidates of one layout on each of their `pools` (all in one role)."""
         engine, workload = group[0].config.engine, self._problem.workload
         replicas = floats([pool.replicas for pool in pools])
         isl = float(workload.isl.mean)
-        caches = _find(engine, pools[0], ("enable_prefix_caching",)) in {None, True}
+        caches = _caches_prefixes(engine, pools[0])
         users = floats([c.load.concurrency or 0 for c in group]) / replicas
         return columns(
             tp=pools[0].parallelism.tp,
@@ -97,15 +108,15 @@ class GpuGroups:
             isl=isl,
             osl=float(workload.osl.mean),
             cached=np.floor(isl * workload.shared_prefix) if caches else 0.0,
-            max_sequences=[float(_find(engine, pool, ("max_num_seqs",)) or 1024) for pool in pools],
-            token_budget=[float(_find(engine, pool, BUDGET_OPTIONS) or 8192) for pool in pools],
+            max_sequences=[float(_find(engine, pool, SEQUENCE_OPTIONS) or 1024) for pool in pools],
+            token_budget=[_token_budget(engine, pool, isl) for pool in pools],
             burst_share=burst_share(workload),
         )
 
     def _aggregated(self, group: list[Candidate]) -> GroupAnswer:
         pools = [c.config.pool(Role.MIXED) for c in group]
-        replica = self._replica(group[0].config.engine, pools[0])
-        rows = self._rows(group, pools)
+        replica = self.replica(group[0].config.engine, pools[0])
+        rows = self.rows(group, pools)
         load = replace(rank_load(replica, rows), run_requests=np.full(len(group), self._run_requests))
         estimate = aggregated(replica.steps, load)
         ranks = replica.key.layout.dp * replica.key.layout.pp
@@ -122,8 +133,8 @@ class GpuGroups:
         engine = group[0].config.engine
         prefills = [c.config.pool(Role.PREFILL) for c in group]
         decodes = [c.config.pool(Role.DECODE) for c in group]
-        prefill, decode = self._replica(engine, prefills[0]), self._replica(engine, decodes[0])
-        first, second = self._rows(group, prefills), self._rows(group, decodes)
+        prefill, decode = self.replica(engine, prefills[0]), self.replica(engine, decodes[0])
+        first, second = self.rows(group, prefills), self.rows(group, decodes)
         load = self._pair_load(group, (prefill, decode), (first, second))
         estimate = disaggregated(prefill.steps, decode.steps, load)
         context = load.isl + load.osl / 2.0
@@ -163,7 +174,7 @@ class GpuGroups:
             isl=first.isl,
             osl=first.osl,
             cached=first.cached,
-            request_ms=decode.traits.request_ms * full,
+            request_ms=decode.request_ms * full,
             wire_ms=HANDOVER_MS + 1e3 * self._handover_s(group[0], decode, first.isl),
             send_ms=0.0 * full,
             receive_ms=0.0 * full,
@@ -219,6 +230,19 @@ def _find(engine: str, pool: Pool, names: tuple[str, ...]) -> OptionValue | None
         if name in offered:
             return option(engine, pool, name)
     return None
+
+
+def _caches_prefixes(engine: str, pool: Pool) -> bool:
+    """True where prompts' blocks are used again: by default, unless switched off."""
+    if _find(engine, pool, ("disable_radix_cache",)) is True:
+        return False
+    return _find(engine, pool, CACHING_OPTIONS) in {None, True}
+
+
+def _token_budget(engine: str, pool: Pool, isl: float) -> float:
+    """Tokens of a step: where prompts are not computed in parts, a step holds a whole one."""
+    budget = float(_find(engine, pool, BUDGET_OPTIONS) or 8192)
+    return max(budget, isl) if _find(engine, pool, ("enable_chunked_prefill",)) is False else budget
 
 
 def _refusals(role: Role, replica: GpuReplica, rows: Columns) -> list[str | None]:

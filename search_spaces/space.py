@@ -176,7 +176,10 @@ class Space:
 
     def _decode_options(self, role: Role, engine: str, values: Genotype) -> Options:
         spec = engine_spec(engine)
-        chosen = {p.name: values.get(p.name, p.default) for p in spec.parameters_of(role)}
+        chosen: Genotype = {}
+        for parameter in spec.parameters_of(role):
+            value = values.get(parameter.name, parameter.default)
+            chosen[parameter.name] = value if parameter.accepts(value) else parameter.default  # another engine's value
         return make_options(spec.repair(chosen))
 
     def _fit(self, config: ServingConfig) -> ServingConfig:

@@ -18,6 +18,8 @@ from tuner.study_schema import StudyFile
 KeyPath = tuple[str, ...]
 Tree = dict[str, Any]  # raw YAML before it is checked: the only untyped value of the package
 NOT_STORED = ("storage",)
+CALIBRATIONS = ("shipped", "none")
+"""Words for the model's corrections; anything else is the path of a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +148,22 @@ def _step_into_list(items: list[Any], key: str, value: object, override: str, *,
 
 
 def _absolute_paths(study: StudyFile, directory: Path, *, name: str) -> StudyFile:
-    """`study` with the model's path made absolute; a path is relative to the study file."""
-    if study.model.gguf is None:
-        return study
-    path = (directory / Path(study.model.gguf).expanduser()).resolve()
-    if not path.is_file():
-        raise _error(name, [f"model.gguf: {str(path)!r} is no file; give the path of a GGUF file or preset: tiny"])
-    return study.model_copy(update={"model": study.model.model_copy(update={"gguf": str(path)})})
+    """`study` with the paths of model and calibration made absolute; a path is relative to the study file."""
+    model: dict[str, str] = {}
+    for key, what in (("gguf", "a GGUF file or preset: tiny"), ("config", "a Hugging Face config.json")):
+        given = getattr(study.model, key)
+        if given is not None:
+            path = (directory / Path(given).expanduser()).resolve()
+            if not (path.is_file() or (key == "config" and path.is_dir())):
+                raise _error(name, [f"model.{key}: {str(path)!r} is no file; give the path of {what}"])
+            model[key] = str(path)
+    update: dict[str, object] = {"model": study.model.model_copy(update=model)}
+    if study.calibration not in CALIBRATIONS:
+        path = (directory / Path(study.calibration).expanduser()).resolve()
+        if not path.is_file():
+            raise _error(name, [f"calibration: {str(path)!r} is no file; give shipped, none or the path of a prior"])
+        update["calibration"] = str(path)
+    return study.model_copy(update=update)
 
 
 def dump_study(study: StudyFile) -> str:

@@ -142,7 +142,7 @@ def _embedded_engine() -> dict[str, dict[str, list[OptionValue]]]:
 
 
 class ModelSection(Section):
-    """The model: one of `preset`, `gguf` or `name`."""
+    """The model: one of `preset`, `gguf`, `name` or `config`."""
 
     preset: Literal["tiny"] | None = Field(
         default=None, description="a random-weight model that the tool writes itself", examples=["tiny"]
@@ -151,15 +151,27 @@ class ModelSection(Section):
         default=None, description="path of a GGUF file, relative to the study file", examples=["models/qwen.gguf"]
     )
     name: Annotated[str | None, AfterValidator(_known_model)] = Field(
-        default=None, description="a model of the catalogue (emulated engine)", examples=["Llama-3.1-70B"]
+        default=None, description="a model of the catalogue (GPU engines, emulated or not)", examples=["Llama-3.1-70B"]
+    )
+    config: str | None = Field(
+        default=None,
+        description="path of a Hugging Face config.json (or its folder), relative to the study file",
+        examples=["models/qwen3/config.json"],
+    )
+    nearest_family: bool = Field(
+        default=False,
+        description="model an unknown architecture of config as the family that it resembles most",
+        examples=["true"],
     )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [key for key in ("preset", "gguf", "name") if getattr(self, key) is not None]
+        given = [key for key in ("preset", "gguf", "name", "config") if getattr(self, key) is not None]
         if len(given) != 1:
             said = f"{' and '.join(given)} are given" if given else "none is given"
-            raise InvalidValueError(f"give exactly one of preset, gguf and name ({said}); for example preset: tiny")
+            raise InvalidValueError(f"give exactly one of preset, gguf, name and config ({said}); such as preset: tiny")
+        if self.nearest_family and self.config is None:
+            raise KeyProblemError("nearest_family", "goes with config alone; give config, or leave it out")
         return self
 
 
@@ -387,6 +399,11 @@ class StudyFile(Section):
     emulation: EmulationSection | None = Field(
         default=None, description="how the emulated engine behaves", examples=["{step_noise: 0.03}"]
     )
+    calibration: str = Field(
+        default="shipped",
+        description="corrections of the model for GPU engines: shipped, none, or the path of a prior's file",
+        examples=["none"],
+    )
     storage: Annotated[str, AfterValidator(_storage_url)] = Field(
         default=DEFAULT_STORAGE, description="any Optuna storage URL", examples=[DEFAULT_STORAGE]
     )
@@ -420,17 +437,25 @@ class StudyFile(Section):
             raise KeyProblemError(
                 "engines", f"{', '.join(self.engines)}: an emulated engine is not compared with a real one; choose one"
             )
-        for name, pool in self.node_pools.items():
-            if emulated and pool.device == "cpu":
-                raise KeyProblemError(f"node_pools.{name}.device", "cpu is never emulated; name a GPU such as h100_sxm")
-            if not emulated and pool.device != "cpu":
-                raise KeyProblemError(
-                    f"node_pools.{name}.device", f"{', '.join(self.engines)} runs on cpu here, not on {pool.device}"
-                )
+        for engine in self.engines:
+            kinds = [str(kind) for kind in engine_spec(engine).devices]
+            for name, pool in self.node_pools.items():
+                if ("cpu" if pool.device == "cpu" else "gpu") not in kinds:
+                    raise KeyProblemError(f"node_pools.{name}.device", _wrong_device(engine, pool.device))
         if self.emulation is not None and not emulated:
             raise KeyProblemError("emulation", "goes with the engine emulated; choose it, or leave emulation out")
-        if self.model.name is not None and not emulated:
-            raise KeyProblemError("model.name", f"{self.model.name!r} has no weights here; give preset or gguf")
+        return self
+
+    @model_validator(mode="after")
+    def _engines_load_the_model(self) -> Self:
+        if "llamacpp" in self.engines and self.model.name is not None:
+            raise KeyProblemError(
+                "model.name",
+                f"{self.model.name!r} has no weights here; give preset, gguf, or config for random weights",
+            )
+        unloadable = [name for name in self.engines if not engine_spec(name).launchable]
+        if unloadable and self.model.gguf is not None:
+            raise KeyProblemError("model.gguf", f"{', '.join(unloadable)} loads no GGUF file; give name or config")
         return self
 
     @model_validator(mode="after")
@@ -452,6 +477,15 @@ class StudyFile(Section):
                     "slos", f"missing, and objective {metric} counts requests that meet them; give at least one SLO"
                 )
         return self
+
+
+def _wrong_device(engine: str, device: str) -> str:
+    spec = engine_spec(engine)
+    if spec.emulated:
+        return f"{device} is never emulated; name a GPU such as h100_sxm"
+    kinds = " or ".join(str(kind) for kind in spec.devices)
+    choices = "vllm, sglang, trtllm or emulated" if device != "cpu" else "llamacpp"
+    return f"{engine} runs on {kinds} here, not on {device}; choose {choices}, or another device"
 
 
 def _has_option(engine: str, name: str) -> bool:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from search_spaces.engines.base import EngineParameter, EngineSpec
 from search_spaces.engines.emulated import EMULATED
 from search_spaces.engines.llamacpp import LLAMACPP
+from search_spaces.engines.sglang import SGLANG
+from search_spaces.engines.trtllm import TRTLLM
+from search_spaces.engines.vllm import VLLM
 from search_spaces.errors import InvalidValueError
 
-ENGINES: dict[str, EngineSpec] = {spec.name: spec for spec in (LLAMACPP, EMULATED)}
+ENGINES: dict[str, EngineSpec] = {spec.name: spec for spec in (LLAMACPP, EMULATED, VLLM, SGLANG, TRTLLM)}
 
 
 def engine_spec(name: str) -> EngineSpec:

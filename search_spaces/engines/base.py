@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from search_spaces.errors import InvalidValueError, require
+from search_spaces.hardware import DeviceKind
 from search_spaces.serving import OptionValue, Role
 
 ALL_ROLES = (Role.MIXED, Role.PREFILL, Role.DECODE)
@@ -58,7 +59,8 @@ class EngineSpec:
     `devices_per_rank_option` names the option that says how many devices (cores) one rank takes, None for one.
     `repair` mends a combination of options that the engine would refuse; `conflict` says why it would refuse one.
     `shared_options` must be the same in a prefill and a decode pool: the hand-over of KV caches depends on them.
-    `emulated` engines compute nothing: they only take the time that a performance model says.
+    `emulated` engines compute nothing: they only take the time that a performance model says. `devices` are the kinds
+    that the engine runs on; one that is not `launchable` can be predicted, but not started by this version.
     """
 
     name: str
@@ -69,6 +71,8 @@ class EngineSpec:
     conflict: Callable[[Mapping[str, OptionValue]], str | None] = _no_conflict
     shared_options: tuple[str, ...] = ()
     emulated: bool = False
+    devices: tuple[DeviceKind, ...] = (DeviceKind.CPU,)
+    launchable: bool = True
 
     def parameter(self, name: str) -> EngineParameter:
         """The parameter called `name`; raises `InvalidValueError` with the known names."""

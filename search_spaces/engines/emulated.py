@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from search_spaces.engines.base import EngineParameter, EngineSpec
+from search_spaces.hardware import DeviceKind
 from search_spaces.serving import OptionValue
 
 
@@ -24,6 +25,7 @@ def _conflict(options: Mapping[str, OptionValue]) -> str | None:
 EMULATED = EngineSpec(
     name="emulated",
     emulated=True,
+    devices=(DeviceKind.GPU,),
     conflict=_conflict,
     shared_options=("kv_cache_dtype",),
     parameters=(

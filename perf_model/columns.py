@@ -29,7 +29,7 @@ class Columns:
     and a step computes at most `token_budget` tokens. `burst_share` of a run's requests were sent when all users
     started at once. `accepted` tokens come of a decode step (1 without speculative decoding), which then checks
     `drafted` more tokens for each sequence. Requests are admitted every `admission_steps` steps, 0 for the engine's
-    own.
+    own. The client adds `client_ms` to the time to first token.
     """
 
     tp: IntArray
@@ -48,6 +48,7 @@ class Columns:
     accepted: FloatArray
     drafted: FloatArray
     admission_steps: FloatArray
+    client_ms: FloatArray
 
     def __len__(self) -> int:
         return len(self.tp)
@@ -71,6 +72,7 @@ _DEFAULTS: Mapping[str, float] = {
     "accepted": 1.0,
     "drafted": 0.0,
     "admission_steps": 0.0,
+    "client_ms": 0.0,
 }
 
 
@@ -181,7 +183,7 @@ def rank_load(replica: GpuReplica, rows: Columns) -> RankLoad:
         isl=rows.isl,
         osl=rows.osl,
         cached=rows.cached,
-        request_ms=np.full(len(rows), traits.request_ms),
+        request_ms=replica.request_ms + rows.client_ms,
         run_requests=10.0 * np.maximum(rows.users, 10.0),
         burst_share=rows.burst_share,
         admission_steps=np.where(

@@ -21,7 +21,8 @@ class HostTraits:
     A decode step takes `decode_factor` times its kernels, plus `step_ms`, plus `layer_ms` for each layer and
     `sequence_ms` for each sequence. A step with prompt tokens takes `prefill_factor` times its kernels plus `step_ms`,
     `prefill_layer_ms` for each layer and `sequence_ms` for each sequence, and never less than the decode step alone.
-    `request_ms` passes between sending a request and its being queued, and between its first token and the client.
+    `request_ms` passes between sending a request and its being queued, and between its first token and the client, and
+    `latent_layer_ms` more for each layer of latent attention, whose prompts are launched kernel by kernel.
     A queued request is admitted every `admission_steps` steps, on average after half of them (`busy_admission_steps`
     from `busy_users` requests in flight, at least `parallel_admission_steps` where attention is data-parallel). Ranks
     whose prompts are computed in the same steps (`balances_ranks`) do not wait for each other's.
@@ -40,6 +41,7 @@ class HostTraits:
     busy_admission_steps: float
     busy_users: float = 16.0
     parallel_admission_steps: float = 0.0
+    latent_layer_ms: float = 0.0
     balances_ranks: bool = False
     memory_share: float = 0.90
     reserves_whole: bool = False
@@ -61,9 +63,10 @@ HOSTS: dict[str, HostTraits] = {
         layer_ms=0.001,
         prefill_layer_ms=0.103,
         sequence_ms=0.0033,
-        request_ms=42.0,
+        request_ms=40.0,
         admission_steps=1.0,
         busy_admission_steps=1.4,
+        latent_layer_ms=0.75,
     ),
     "sglang": HostTraits(
         decode_factor=0.963,
@@ -84,7 +87,8 @@ HOSTS: dict[str, HostTraits] = {
         layer_ms=0.0,
         prefill_layer_ms=0.011,
         sequence_ms=0.006,
-        request_ms=38.0,
+        request_ms=10.0,
+        latent_layer_ms=1.5,
         admission_steps=11.0,
         busy_admission_steps=4.2,
         parallel_admission_steps=93.0,

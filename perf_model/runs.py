@@ -27,6 +27,7 @@ BURST_SHARE = 0.1  # a run of ten requests for each user starts with one of each
 DRAWN_LENGTHS = frozenset({("1024", "1024"), ("1024", "8192"), ("8192", "1024")})
 # With equal lengths, engines whose prefill stops decoding keep users in step; the others spread them.
 EQUAL_BURST_SHARE = {"sglang": 1.0}
+EQUAL_CLIENT_MS = 30.0  # what the client of the runs of equal lengths adds to the time to first token (fitted)
 POLLED_STEPS = (20.0, 40.0)  # fitted to SGLang's runs on B200, below and from 16 requests in flight
 WORDS_OF_PRECISION = {"nvfp4": "fp4", "fp8": "fp8", "fp8_block": "fp8", "bfloat16": "bf16", "int4_wo": "int4"}
 
@@ -44,7 +45,8 @@ class Run:
     """One measured run. `pools` holds one pool, or the prefill and the decode pool.
 
     `length_share` is the mean of lengths over `isl` and `osl`, `burst_share` the share of requests that meet as the
-    first ones do, `admission_steps` the steps between the scheduler's looks at its queue (0: as its engine does).
+    first ones do, `admission_steps` the steps between the scheduler's looks at its queue (0: as its engine does),
+    `client_ms` what the client adds to TTFT.
     """
 
     id: str
@@ -65,6 +67,7 @@ class Run:
     tpot_ms: float
     length_share: float = LENGTH_SHARE
     burst_share: float = BURST_SHARE
+    client_ms: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,7 @@ def _run(row: Mapping[str, str]) -> Run | Unpredictable:
         tpot_ms=_number(row, "tpot_ms"),
         length_share=LENGTH_SHARE if _drawn(row) else 1.0,
         burst_share=BURST_SHARE if _drawn(row) else EQUAL_BURST_SHARE.get(row["engine"], BURST_SHARE),
+        client_ms=0.0 if _drawn(row) else EQUAL_CLIENT_MS,
     )
 
 

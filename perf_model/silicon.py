@@ -20,7 +20,7 @@ from perf_model.steps import TableSteps
 from perf_model.systems import GpuSystem, read_system
 from perf_model.tables import default_root
 from search_spaces.errors import InvalidValueError
-from search_spaces.model import ModelSpec
+from search_spaces.model import LatentAttention, ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,12 @@ class GpuReplica:
     steps: HostedSteps
     footprint: Footprint
     traits: HostTraits
+
+    @property
+    def request_ms(self) -> float:
+        """Time of a request outside the steps of the engine."""
+        latent = sum(g.count for g in self.key.model.layers if isinstance(g.attention, LatentAttention))
+        return self.traits.request_ms + self.traits.latent_layer_ms * latent
 
     def most_sequences(self, isl: FloatArray, osl: FloatArray, token_budget: FloatArray) -> FloatArray:
         """Sequences that fit on an attention rank; below 1 where even one does not.

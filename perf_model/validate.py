@@ -132,6 +132,7 @@ def _aggregated(runs: list[Run], replica: GpuReplica) -> list[Predicted]:
         burst_share=[run.burst_share for run in runs],
         stream_tokens=[run.stream_tokens for run in runs],
         admission_steps=[run.admission_steps for run in runs],
+        client_ms=[run.client_ms for run in runs],
     )
     most = replica.most_sequences(rows.isl, rows.osl, rows.token_budget)
     _require_room(most, replica)
@@ -168,7 +169,7 @@ def _disaggregated(runs: list[Run], prefill: GpuReplica, decode: GpuReplica) -> 
         isl=isl,
         osl=osl,
         cached=0.0 * full,
-        request_ms=decode.traits.request_ms * full,
+        request_ms=np.array([decode.request_ms + run.client_ms for run in runs]),
         wire_ms=wire,
         send_ms=0.0 * full,
         receive_ms=0.0 * full,

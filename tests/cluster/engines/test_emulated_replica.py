@@ -23,7 +23,7 @@ from tests.support.llamacpp import Answer, ask, ask_all, open_session, request_b
 
 pytestmark = pytest.mark.engine
 
-SLACK_S = 0.15
+SLACK_S = 0.4
 """What a busy machine may add to a request."""
 
 
@@ -56,8 +56,8 @@ def test_a_request_takes_the_time_of_its_steps(tmp_path: Path) -> None:
     assert (answer.status, answer.done, len(answer.pieces)) == (200, True, 50)
     assert 0.51 <= took < 0.51 + SLACK_S
     timings = answer.last["timings"]
-    assert 20.0 <= timings["prompt_ms"] < 60.0
-    assert timings["predicted_ms"] == pytest.approx(490.0, abs=40.0)
+    assert 20.0 <= timings["prompt_ms"] < 150.0
+    assert timings["predicted_ms"] == pytest.approx(490.0, abs=120.0)
     assert answer.last["usage"] == {"prompt_tokens": 200, "completion_tokens": 50, "total_tokens": 250}
 
 
@@ -70,7 +70,7 @@ def test_requests_are_batched(tmp_path: Path) -> None:
         took = time.monotonic() - began
         figures = metrics(url)
     assert all(len(answer.pieces) == 30 for answer in answers)
-    assert took < 1.0
+    assert took < 2.0
     assert figures["output_tokens_total"] == 16 * 30
     assert figures["prompt_tokens_total"] == 16 * 10
     assert figures["steps_total"] < 16 * 30 / 4
@@ -101,32 +101,32 @@ def test_pipeline_stages_work_on_several_batches_at_once(tmp_path: Path) -> None
     """Requests that come while a step is under way need not wait for its end."""
 
     def took(stages: int) -> float:
-        times = flat_times(decode_ms=200.0, token_ms=0.0)
+        times = flat_times(decode_ms=400.0, token_ms=0.0)
         with replica(tmp_path, backend(times=times, stages=stages), pool()) as (url, _):
             return asyncio.run(staggered(url))
 
     async def staggered(url: str) -> float:
         async with open_session() as session:
-            first = asyncio.create_task(ask(session, url, request_body(prompt(10), 4)))
-            await asyncio.sleep(0.1)
+            first = asyncio.create_task(ask(session, url, request_body(prompt(10), 3)))
+            await asyncio.sleep(0.15)
             began = time.monotonic()
             await ask(session, url, request_body(prompt(10, 1), 2))
             waited = time.monotonic() - began
             await first
             return waited
 
-    assert took(stages=2) < 0.45
-    assert took(stages=1) > 0.45
+    assert took(stages=2) < 0.95
+    assert took(stages=1) > 0.95
 
 
 def test_ranks_schedule_apart(tmp_path: Path) -> None:
     """Two ranks with one slot each serve two requests at once."""
-    bodies = [request_body(prompt(10, n), 30) for n in range(2)]
+    bodies = [request_body(prompt(10, n), 60) for n in range(2)]
     with replica(tmp_path, backend(ranks=2), pool(max_num_seqs=1)) as (url, _):
         began = time.monotonic()
         asyncio.run(ask_all(url, bodies))
         took = time.monotonic() - began
-    assert took < 0.45
+    assert took < 1.0
 
 
 def test_shared_prefixes_are_computed_once(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_hand_over_through_slots(tmp_path: Path) -> None:
         (decoded,) = asyncio.run(ask_all(decode, [body]))
         assert len(decoded.pieces) == 20
         assert decoded.last["timings"]["prompt_n"] == 1
-        assert decoded.last["timings"]["prompt_ms"] < 50.0
+        assert decoded.last["timings"]["prompt_ms"] < 150.0
         figures = metrics(decode)
     assert figures["prompt_tokens_total"] == 0
     assert figures["kv_cache_usage_ratio"] == 0.0

@@ -13,6 +13,8 @@ in that queue and server f = s (1 + Q - U/2) with Q = (b-1) f / (f+Z) and U = (b
 
 With d the decode step alone, the mean step is t = d + (b-1) added / K: a request shares its steps with the prompts of
 the others. So TPOT = t, TTFT = (a/2 + p + W) t + added, and a cycle takes K d + b added: no step and no prompt is lost.
+Long steps are met more often than short ones, which lengthens the wait for the end of a step: by half of a prompt's
+part, times the share of time that prompts take.
 Where attention is data-parallel, ranks step together, so a step is as long as the longest of theirs.
 
 Requests sent all at once (a first wave; or users who stay in step because lengths do not vary) go through in n = b s
@@ -126,6 +128,17 @@ class _State:
     decode_seqs: FloatArray
     use: FloatArray
 
+    @property
+    def long_share(self) -> FloatArray:
+        """Share of time that prompts take, in which an arriving request finds a step with a prompt."""
+        share = np.clip((self.mean_step_ms - self.at.step_ms) / self.mean_step_ms, 0.0, 1.0)
+        return share * (self.decode_seqs > 1.0)
+
+    @property
+    def rest_ms(self) -> FloatArray:
+        """Mean rest of such steps beyond that of a mean step (half of one): long steps are met more often."""
+        return self.long_share * self.at.added_ms / self.at.pieces / 2.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Wave:
@@ -232,7 +245,7 @@ def _closed(steps: StepTimes, load: RankLoad) -> ServingEstimate:
     in_wave = state.at.step_ms + (wave_steps - 1.0) / 2.0 * (full_step - state.at.step_ms) / load.decode_steps
     mean_step = mean_step + load.burst_share * np.minimum(in_wave - mean_step, 0.0)
     state = replace(state, mean_step_ms=mean_step)
-    residence = look + alone + queue + wave.mean_ms + load.decode_steps * mean_step
+    residence = look + state.rest_ms + alone + queue + wave.mean_ms + load.decode_steps * mean_step
     slot_wait = residence * np.maximum(load.users / running - 1.0, 0.0)
     requests_per_s = 1e3 * np.maximum(load.users, 1e-9) / (load.request_ms + residence + slot_wait)
     return _estimate(load, state, _Waits(queue_ms=queue, slot_ms=slot_wait, wave=wave), requests_per_s)
@@ -244,12 +257,12 @@ def _estimate(load: RankLoad, state: _State, waits: _Waits, requests_per_s: Floa
     tokens = np.maximum(load.osl - 1.0, 1.0)
     look = mean_step * load.admission_steps * (state.decode_seqs > 1.0)
     held = tpot * np.where(np.asarray(load.stream_tokens) > 1.0, load.stream_tokens, 0.0)
-    share = np.clip(state.use, 1e-6, 1.0)
+    share = np.clip(np.maximum(state.use, state.long_share), 1e-6, 1.0)
     ttft = Latency(
         base=load.request_ms + at.pieces * mean_step + at.added_ms + waits.slot_ms + waits.wave.least_ms + held,
         width=look + waits.wave.width_ms,
         wait_share=share,
-        wait_mean=waits.queue_ms / share,
+        wait_mean=(waits.queue_ms + state.rest_ms) / share,
     )
     short = at.step_ms / load.accepted
     interference = np.maximum(tpot - short, 0.0)

@@ -113,8 +113,8 @@ class Scheduler:
         return len(ended)
 
 
-def simulate(users: int, waves: int, work: RankLoad) -> tuple[float, float]:
-    """Mean TTFT and TPOT of a closed loop after its first waves."""
+def simulate(users: int, waves: int, work: RankLoad) -> FloatArray:
+    """TTFT and TPOT of each request of a closed loop after its first waves, one row for a request."""
     scheduler = Scheduler(
         STEPS, float(work.token_budget[0]), int(work.slots[0]), np.random.default_rng(0), work.isl[0], work.osl[0]
     )
@@ -122,8 +122,7 @@ def simulate(users: int, waves: int, work: RankLoad) -> tuple[float, float]:
     while len(scheduler.done) < users * waves:
         ended = scheduler.step()
         scheduler.coming.extend(scheduler.request() for _ in range(ended))
-    settled = np.array(scheduler.done[users * waves // 2 :])
-    return float(settled[:, 0].mean()), float(settled[:, 1].mean())
+    return np.array(scheduler.done[users * waves // 2 :])
 
 
 @pytest.mark.parametrize(
@@ -141,9 +140,19 @@ def simulate(users: int, waves: int, work: RankLoad) -> tuple[float, float]:
 def test_means_follow_a_simulation_of_the_scheduler(users: int, more: dict[str, float]) -> None:
     work = load(users, **more)
     found = aggregated(STEPS, work)
-    ttft, tpot = simulate(users, 12, work)
+    ttft, tpot = simulate(users, 12, work).mean(axis=0)
     assert found.tpot.mean()[0] == pytest.approx(tpot, rel=0.08)
     assert found.ttft.mean()[0] == pytest.approx(ttft, rel=0.30)
+
+
+@pytest.mark.parametrize(("users", "more"), [(4, {}), (16, {}), (64, {}), (256, {"isl": 200, "osl": 400})])
+def test_quantiles_follow_a_simulation_of_the_scheduler(users: int, more: dict[str, float]) -> None:
+    work = load(users, **more)
+    found = aggregated(STEPS, work)
+    simulated = simulate(users, 14, work)
+    for level in (0.5, 0.9, 0.99):
+        assert found.ttft.quantile(level)[0] == pytest.approx(np.quantile(simulated[:, 0], level), rel=0.35)
+        assert found.tpot.quantile(level)[0] == pytest.approx(np.quantile(simulated[:, 1], level), rel=0.06)
 
 
 def throughput(found: ServingEstimate) -> float:

@@ -26,6 +26,8 @@ from studies.codec import Json, from_json, to_json
 from studies.errors import StudyFormatError
 
 SCHEMA = 1
+EMULATED = "emulated"
+EMULATED_NOTE = "EMULATED: the figures are those of a performance model, not measured on the hardware that is named."
 PROPOSAL, STATUS, OUTCOME, METRICS, VIOLATIONS = "proposal", "status", "outcome", "metrics", "violations"
 
 

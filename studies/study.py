@@ -35,6 +35,7 @@ from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.study import StudyDirection
 from optuna.trial import TrialState as OptunaState
 
+from search_spaces.engines import engine_spec
 from search_spaces.errors import require
 from search_spaces.metrics import Direction
 from search_spaces.outcome import Failure, FailureReason, Measurement, Outcome
@@ -57,6 +58,8 @@ from studies.history import (
 from studies.lease import Lease, take_lease
 from studies.predictions import PredictionLog
 from studies.records import (
+    EMULATED,
+    EMULATED_NOTE,
     METRICS,
     OUTCOME,
     PROPOSAL,
@@ -184,6 +187,8 @@ class Study:
             study.set_metric_names([objective.metric for objective in setup.problem.objectives])
         study.set_user_attr(STUDY_FILE, setup.study_file)
         study.set_user_attr(STUDY_HASH, hashlib.sha256(setup.study_file.encode()).hexdigest())
+        if any(engine_spec(engine).emulated for engine in setup.space.engines):
+            _mark_emulated(study)
         study.set_user_attr(POPULATION, population_size(setup.budget_trials, setup.in_flight))
         study.set_user_attr(STUDY_SCHEMA, SCHEMA)
 
@@ -305,6 +310,8 @@ class Study:
         self._require_running(proposal)
         trial_id = self._trial_id(proposal.trial_number)
         ids = self._upload(trial_id, checked)
+        if isinstance(checked, Measurement) and checked.emulated:
+            self._backend.set_trial_user_attr(trial_id, EMULATED, EMULATED_NOTE)
         self._backend.set_trial_user_attr(trial_id, OUTCOME, encode_outcome(checked, ids))
         self._finish(proposal.trial_number, checked)
         return self._record(proposal.trial_number)
@@ -471,3 +478,11 @@ def _check_study_file(stored: str, setup: StudySetup) -> None:
         f"study {setup.name!r} was made with another study file; resume it with its own, or choose another name:\n"
         + "\n".join(lines)
     )
+
+
+def _mark_emulated(study: optuna.Study) -> None:
+    """Say on the study itself, and in the dashboard's note, that its figures are no measurements."""
+    from optuna_dashboard import save_note
+
+    study.set_user_attr(EMULATED, EMULATED_NOTE)
+    save_note(study, f"**{EMULATED_NOTE}**")

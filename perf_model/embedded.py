@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from perf_model.batch import StepBatch
+from perf_model.curves import Origin
 from perf_model.engine_traits import EngineTraits
 from perf_model.numeric import FloatArray
 from perf_model.roofline import Roof, attention_pairs
@@ -43,6 +44,10 @@ class EmbeddedSteps:
         head = self._product_ms(batch.outputs, float(self.model.vocab_size * self.model.hidden_size))
         fixed = self.traits.step_ms * (batch.tokens > 0) + self.traits.sequence_ms * batch.outputs
         return {"gemm": gemm, "attention": attention, "logits": head, "overhead": fixed}
+
+    def origins(self, _batch: StepBatch) -> dict[Origin, float]:
+        """Share of a step's time by where it comes from: all of it from the roofline."""
+        return {origin: float(origin is Origin.ROOFLINE) for origin in Origin}
 
     @property
     def _weight_bytes(self) -> float:

@@ -89,7 +89,7 @@ def _bottleneck(
     if prefill_share > 0.5:
         return Bottleneck.COMPUTE, f"Compute limits it: {prefill_share:.0%} of the engine's time goes to prefill."
     step = sum(parts.values())
-    groups = _grouped(parts)
+    groups = grouped(parts)
     name = max(groups, key=lambda group: groups[group])
     share = groups[name] / step
     longest = max(parts, key=lambda part: parts[part])
@@ -115,7 +115,8 @@ def _waiting(load: RankLoad, waiting: float, ttft: float) -> tuple[Bottleneck, s
     return Bottleneck.QUEUEING, f"Queueing limits it: {waiting / ttft:.0%} of the TTFT is waiting for others' prefill."
 
 
-def _grouped(parts: Mapping[str, float]) -> dict[str, float]:
+def grouped(parts: Mapping[str, float]) -> dict[str, float]:
+    """Milliseconds of a step by what they hang on: interconnect, KV cache, weights, host."""
     exchange = ("all-", "reduce-", "hop", "alltoall")
     groups = dict.fromkeys(("interconnect", "KV cache", "weights", "host"), 0.0)
     for name, value in parts.items():
@@ -123,7 +124,7 @@ def _grouped(parts: Mapping[str, float]) -> dict[str, float]:
             groups["interconnect"] += value
         elif "attention" in name and "linear" not in name:
             groups["KV cache"] += value
-        elif name == "host":
+        elif name in {"host", "overhead"}:
             groups["host"] += max(value, 0.0)
         else:
             groups["weights"] += value

@@ -39,30 +39,31 @@ class ServingPredictor:
 
     def __init__(self, problem: Problem, *, run_requests: int = 64, tables: Path | None = None) -> None:
         self._problem = problem
-        self._embedded = EmbeddedGroups(problem, float(run_requests))
+        self.embedded = EmbeddedGroups(problem, float(run_requests))
         silicon = Silicon(tables or default_root() or NO_TABLES)
-        self._gpus = GpuGroups(problem, silicon, float(run_requests))
+        self.gpus = GpuGroups(problem, silicon, float(run_requests))
 
     def predict(self, candidates: Sequence[Candidate]) -> list[Prediction]:
         """One prediction for each candidate, in order; raises `InvalidValueError` for unknown engines or pools."""
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for index, candidate in enumerate(candidates):
-            groups[self._of(candidate).layout(candidate)].append(index)
+            groups[self.of(candidate).layout(candidate)].append(index)
         answers: dict[int, Prediction] = {}
         for indices in groups.values():
             predicted = self._predict_group([candidates[index] for index in indices])
             answers.update(zip(indices, predicted, strict=True))
         return [answers[index] for index in range(len(candidates))]
 
-    def _of(self, candidate: Candidate) -> EmbeddedGroups | GpuGroups:
-        return self._embedded if candidate.config.engine in TRAITS else self._gpus
+    def of(self, candidate: Candidate) -> EmbeddedGroups | GpuGroups:
+        """Who answers for the engine of `candidate`."""
+        return self.embedded if candidate.config.engine in TRAITS else self.gpus
 
     def _predict_group(self, group: list[Candidate]) -> list[Prediction]:
         limit, longest = self._problem.model.max_context, self._problem.workload.longest_context
         if longest > limit:
             text = f"a request holds up to {longest} tokens but the model's context ends at {limit}; shorten isl or osl"
             return [Prediction(metrics={}, infeasible=text)] * len(group)
-        answer = self._of(group[0]).answer(group)
+        answer = self.of(group[0]).answer(group)
         named = metrics(answer.estimate, self._deployment(group, answer.requests_per_s), self._problem.slos)
         return [_prediction(i, answer, named) for i in range(len(group))]
 

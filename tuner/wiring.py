@@ -13,6 +13,7 @@ from search_spaces.emulation import FaultKind, FaultPlan, Noise
 from search_spaces.engines import engine_spec
 from search_spaces.errors import TunerError
 from search_spaces.hardware import Device, DeviceKind, NodePool
+from search_spaces.hf_config import read_model
 from search_spaces.known_gpus import known_gpu
 from search_spaces.known_models import known_model
 from search_spaces.measuring import MeasurementRule, TimeLimits
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from cluster.ray_session import RayCluster
     from cluster.runner import TrialRunner
     from perf_model.calibration import CalibratedPredictor
+    from perf_model.predictor import Predictor
+    from perf_model.prior import Prior
+    from perf_model.serving_predictor import ServingPredictor
 
 MICROBENCH_LIMIT_S = 180.0
 MODEL_PRESETS: dict[str, ModelSpec] = {"tiny": TINY_MODEL}
@@ -68,16 +72,19 @@ def make_problem(study: StudyFile, devices: Mapping[str, Device] | None = None) 
 
 
 def make_model(study: StudyFile) -> ModelSpec:
-    """The model of `study`: a preset, one of the catalogue, or what a GGUF file says of itself."""
+    """The model of `study`: a preset, one of the catalogue, or what a config.json or a GGUF file says."""
     if study.model.preset is not None:
         return MODEL_PRESETS[study.model.preset]
     if study.model.name is not None:
         return known_model(study.model.name)
+    if study.model.config is not None:
+        found = read_model(Path(study.model.config), nearest=study.model.nearest_family)
+        return replace(found, source=None) if "llamacpp" in study.engines else found  # random weights of that shape
     _require_extra("gguf", "llamacpp", "reading a GGUF file")
-    from cluster.engines.gguf_header import read_model
+    from cluster.engines.gguf_header import read_model as read_gguf
 
     path = Path(str(study.model.gguf))
-    return replace(read_model(path), source=str(path))
+    return replace(read_gguf(path), source=str(path))
 
 
 def _require_extra(module: str, extra: str, purpose: str) -> None:
@@ -140,16 +147,41 @@ def make_budget(study: StudyFile) -> Budget:
 def make_predictor(problem: Problem, study: StudyFile) -> CalibratedPredictor:
     """The performance model of `problem`, not corrected by any measurement yet."""
     from perf_model.calibration import CalibratedPredictor
+
+    return CalibratedPredictor(model=uncalibrated(problem, study))
+
+
+def uncalibrated(problem: Problem, study: StudyFile) -> Predictor:
+    """The performance model of `problem`, with the prior for GPU engines that `study` wants."""
+    return with_prior(serving_model(problem, study), problem, study)
+
+
+def serving_model(problem: Problem, study: StudyFile) -> ServingPredictor:
+    """The performance model of `problem` alone, with the operation tables at hand."""
     from perf_model.serving_predictor import ServingPredictor
+    from tuner.table_places import tables_of
 
-    requests = study.measurement.requests
-    if is_emulated(study):
-        from tuner.emulated_predictor import EmulatedPredictor
-        from tuner.emulation import installed_profiles
+    return ServingPredictor(problem, run_requests=study.measurement.requests, tables=tables_of(problem).root)
 
-        emulated = EmulatedPredictor(problem=problem, profiles=installed_profiles(), run_requests=requests)
-        return CalibratedPredictor(model=emulated)
-    return CalibratedPredictor(model=ServingPredictor(problem, run_requests=requests))
+
+def with_prior(model: ServingPredictor, problem: Problem, study: StudyFile) -> Predictor:
+    """`model`, corrected by the prior that `study` wants where its engines run on GPUs."""
+    prior = chosen_prior(study.calibration)
+    on_gpus = any(DeviceKind.GPU in engine_spec(engine).devices for engine in study.engines)
+    if prior is None or not on_gpus:
+        return model
+    from perf_model.corrected import CorrectedPredictor
+
+    return CorrectedPredictor(model=model, groups=model.gpus, problem=problem, prior=prior)
+
+
+def chosen_prior(calibration: str) -> Prior | None:
+    """The prior that `calibration` names: none, shipped, or the path of its file."""
+    if calibration == "none":
+        return None
+    from perf_model.prior import Prior
+
+    return Prior.load() if calibration == "shipped" else Prior.load(Path(calibration))
 
 
 def is_emulated(study: StudyFile) -> bool:
@@ -160,8 +192,9 @@ def is_emulated(study: StudyFile) -> bool:
 def connector(address: str | None, study: StudyFile) -> Connect:
     """How to reach the nodes of `study`: a Ray cluster at `address`, or one that is started on this machine.
 
-    Raises `TunerError` where this machine is to run an engine that is not installed.
+    Raises `TunerError` for engines that cannot be launched, or that this machine is to run and that are not installed.
     """
+    require_launchable(study)
     if address is None:
         for engine in study.engines:
             _require_installed(engine)
@@ -172,6 +205,16 @@ def connector(address: str | None, study: StudyFile) -> Connect:
             yield RayAccess(cluster=cluster, place=place, study=study)
 
     return connect
+
+
+def require_launchable(study: StudyFile) -> None:
+    """Raise `TunerError` where an engine of `study` can be predicted, but not started by this version."""
+    missing = [engine for engine in study.engines if not engine_spec(engine).launchable]
+    if missing:
+        raise TunerError(
+            f"launching {', '.join(missing)} is not there yet: this version predicts it (tuner predict FILE) or "
+            "emulates it from the same predictions (engines: emulated); what it launches is llamacpp"
+        )
 
 
 def _reach(address: str | None, study: StudyFile, problem: Problem) -> AbstractContextManager[RayCluster]:

@@ -1,0 +1,91 @@
+"""Where operation tables lie: the public ones that are installed, and the user's own, collected or imported.
+
+The user's tables are in one directory of the common layout (`data/<system>/...` with `<system>.yaml` beside it): the
+variable TUNER_TABLES, else `tuner/tables` in the user's data directory ($XDG_DATA_HOME, ~/.local/share). Each import
+and each collection leaves a file in `provenance/` there. A family of tables that the user has for a system and engine
+takes the place of the public one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from perf_model.tables import cache_directory, default_root
+from search_spaces.hardware import DeviceKind
+from search_spaces.problem import Problem
+
+TABLES_VARIABLE = "TUNER_TABLES"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """The directory to read tables from, None for none; `own` are the systems whose tables the user has."""
+
+    root: Path | None
+    own: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """What is used, for people."""
+        if self.root is None:
+            return "no operation tables (roofline alone); pip install 'tuner[silicon]' brings the public ones"
+        if self.own:
+            return f"operation tables of your own for {', '.join(self.own)} ({own_root()})"
+        return "public operation tables"
+
+
+def own_root() -> Path:
+    """The directory of the user's own tables; it need not exist."""
+    named = os.environ.get(TABLES_VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    data = os.environ.get("XDG_DATA_HOME")
+    return (Path(data) if data else Path.home() / ".local" / "share") / "tuner" / "tables"
+
+
+def systems_in(root: Path) -> tuple[str, ...]:
+    """Systems that have tables below `root`."""
+    data = root / "data"
+    return tuple(sorted(path.name for path in data.iterdir() if path.is_dir())) if data.is_dir() else ()
+
+
+def tables_of(problem: Problem) -> Tables:
+    """The tables for the GPUs of `problem`: the installed ones with the user's own laid over them."""
+    from perf_model.gpu_groups import system_name
+
+    public, own = default_root(), own_root()
+    wanted = {system_name(pool) for pool in problem.node_pools if pool.device.kind is DeviceKind.GPU}
+    mine = tuple(name for name in systems_in(own) if name in wanted)
+    if not mine:
+        return Tables(root=public)
+    return Tables(root=overlay(public, own) if public else own, own=mine)
+
+
+def overlay(public: Path, own: Path) -> Path:
+    """A directory of links to both; where `own` has a family for a system and engine, its versions alone count."""
+    entries = _entries(public) | _entries(own)
+    text = "\n".join(f"{place} {target}" for place, target in sorted(entries.items()))
+    made = cache_directory() / "overlays" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    if made.is_dir():
+        return made
+    partial = made.with_name(f"{made.name}.{os.getpid()}")
+    for place, target in entries.items():
+        link = partial / place
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(target)
+    try:
+        partial.rename(made)
+    except OSError:  # another process has made it meanwhile
+        shutil.rmtree(partial, ignore_errors=True)
+    return made
+
+
+def _entries(root: Path) -> dict[Path, Path]:
+    """What lies below `root`: files at its top, and each folder of versions, by relative path."""
+    found = [path for path in root.glob("*.yaml") if path.is_file()]
+    found += [path for path in root.glob("data/*/*/*") if path.is_dir()]
+    return {path.relative_to(root): path.resolve() for path in found}

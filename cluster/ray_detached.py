@@ -29,6 +29,9 @@ ANSWER_LIMIT_S = 60.0
 STOP_LIMIT_S = 30.0
 _HEAD = "node:__internal_head__"
 _ENDED_ON_REQUEST = (-signal.SIGTERM, -signal.SIGINT)
+TRY_AGAIN = 75
+"""Exit code of a program that asks to be started again later: EX_TEMPFAIL of <sysexits.h>."""
+PAUSES_S = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 600.0, 600.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +39,13 @@ class Program:
     """A Python program: `arguments` follow the interpreter's name.
 
     `files` (text by absolute path) are written before it starts; `environment` may hold secrets. `name` is the same for
-    programs of which one may run.
+    programs of which one may run. `pauses_s` says how often it is restarted, and how long after a code `TRY_AGAIN`.
     """
 
     name: str
     arguments: tuple[str, ...]
     log: str
+    pauses_s: tuple[float, ...] = PAUSES_S
     files: Mapping[str, str] = field(default_factory=dict, repr=False)
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -84,13 +88,15 @@ class ProgramHost:
         """Start the program, again where it was killed, and leave the cluster some time after its end."""
         import ray
 
-        for _ in range(RESTARTS + 1):
+        for pause_s in (*self._program.pauses_s, None):
             self._process = self._start()
             self._started.set()
             while (code := self._process.wait(60.0)) is None:
                 continue
-            if code >= 0 or code in _ENDED_ON_REQUEST:
+            killed = code < 0 and code not in _ENDED_ON_REQUEST
+            if pause_s is None or not (killed or code == TRY_AGAIN):
                 break
+            time.sleep(pause_s if code == TRY_AGAIN else 0.0)
         self._exit_code = code
         time.sleep(LINGER_S)
         myself: Any = ray.get_runtime_context().current_actor

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 
 class TunerError(Exception):
-    """Base of every error that a user can cause and mend; commands print its text and exit with 2."""
+    """Base of every error that a user can cause and mend; commands print its text and exit with `exit_code`."""
+
+    exit_code = 2
 
 
 class InvalidValueError(TunerError, ValueError):

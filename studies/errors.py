@@ -9,6 +9,13 @@ class StorageError(TunerError):
     """A storage cannot be opened or used."""
 
 
+class StorageLostError(StorageError):
+    """The storage went away while a study ran; what it holds is consistent, and a resume goes on."""
+
+    exit_code = 75
+    """Try again later: EX_TEMPFAIL of <sysexits.h>."""
+
+
 class StudyFormatError(StorageError):
     """A stored study or trial cannot be read: another schema version, or a damaged attribute."""
 

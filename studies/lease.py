@@ -243,6 +243,7 @@ class _State:
         self._lock = threading.RLock()
         self._lines_lock = threading.Lock()
         self._lines: list[tuple[float, str]] = []
+        self._away = False  # whether the storage did not answer last time
         self._offset_s = 0.0  # storage's clock minus this machine's
 
     def extend(self, started: float) -> None:
@@ -275,8 +276,11 @@ class _State:
                 else:
                     self._look()
                 self.flush()
+                self._away = False
             except StorageError as error:
-                _log.warning("the lease of study %s cannot be renewed: %s", self.study, redacted(str(error)))
+                if not self._away:
+                    _log.warning("the lease of study %s cannot be renewed: %s", self.study, redacted(str(error)))
+                self._away = True
 
     def _look(self) -> None:
         seen = self.book.read(self.study)

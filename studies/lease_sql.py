@@ -30,7 +30,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from studies.codec import from_json, to_json
-from studies.errors import StorageError
+from studies.errors import StorageError, StorageLostError
 from studies.lease_record import Event, LeaseRecord, Seen
 
 WAIT_S = 15
@@ -128,7 +128,7 @@ class SqlLeaseBook:
             raise
         except SQLAlchemyError as error:
             cause = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-            raise StorageError(
+            raise StorageLostError(
                 f"storage {self._shown} does not answer ({cause}); check that it runs and can be reached"
             ) from error
 

@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import re
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from sqlalchemy import URL, Engine, event, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
-from studies.errors import StorageError
+from studies.errors import StorageError, StorageLostError
 from studies.fence import Fence, FencedJournal, fence_database
 from studies.filesystems import network_file_system
 from studies.lease_file import FileLeaseBook
 from studies.lease_record import LeaseBook
 from studies.lease_sql import SqlLeaseBook
+from studies.redaction import redacted
 
 JOURNAL_PREFIX = "journal://"
 JOURNAL_SUFFIXES = (".journal", ".log")
@@ -66,6 +70,18 @@ def open_lease_book(storage: Storage) -> LeaseBook:
     return FileLeaseBook(path) if path is not None else SqlLeaseBook(storage.dashboard_url, storage.url)
 
 
+@contextmanager
+def faults_told(storage: Storage) -> Iterator[None]:
+    """Inside the block a database that fails is a `StorageLostError`, with its own words and without secrets."""
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError) as error:
+        cause = redacted(str(error.__cause__ or error).strip().splitlines()[0])
+        raise StorageLostError(
+            f"storage {storage.url} went away ({cause}); nothing told is lost: resume the study when it is back"
+        ) from error
+
+
 def default_storage_url(directory: Path) -> str:
     """The SQLite database that a study uses unless its file names another storage."""
     return f"sqlite:///{directory / 'studies.db'}"
@@ -76,7 +92,7 @@ def masked(url: str) -> str:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
-        return re.sub(r"//[^/@]*@", "//***@", url)
+        return re.sub(r"[^/@\s]*@", "***@", url)
     query = {key: "***" if _SECRET_KEYS.search(key) else value for key, value in parsed.query.items()}
     return parsed.set(query=query).render_as_string(hide_password=True)
 
@@ -116,7 +132,9 @@ def _open_database(url: str) -> Storage:
         raise StorageError(f"no driver for storage {shown}; {_driver_remedy(parsed)}") from error
     except (SQLAlchemyError, RuntimeError, optuna.exceptions.OptunaError) as error:
         cause = _without_secrets(str(error.__cause__ or error), parsed)
-        raise StorageError(f"storage {shown} cannot be opened: {cause}; check address, name and rights") from error
+        away = isinstance(error, OperationalError) and not is_sqlite
+        kind = StorageLostError if away else StorageError
+        raise kind(f"storage {shown} cannot be opened: {cause}; check address, name and rights") from error
     if is_sqlite:
         _tune_sqlite(database.engine)
     fence = Fence()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from search_spaces.errors import TunerError
+from tuner.predict import predict
 from tuner.remote import add_commands
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ app = typer.Typer(
 study_app = typer.Typer(help="Run studies and look at what they found.", no_args_is_help=True)
 add_commands(study_app)
 app.add_typer(study_app, name="study")
+app.command("predict")(predict)
 
 Storage = Annotated[
     str | None,
@@ -49,12 +51,12 @@ Name = Annotated[str, typer.Argument(help="Name of a study.")]
 
 
 def main() -> None:
-    """Entry point: an error that the user can mend is one message on stderr and exit code 2."""
+    """Entry point: an error that the user can mend is one message on stderr and exit code 2, or a code of its own."""
     try:
         app()
     except TunerError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 def _print_version(value: bool) -> None:

@@ -162,7 +162,8 @@ def detach(file: StudyFile, place: Place, address: str | None) -> None:
 
 def _program(file: StudyFile, place: Place, address: str) -> Program:
     from cluster.ray_detached import Program
-    from tuner.session import LEASE_WAIT_VARIABLE
+    from tuner.places import DATA_VARIABLE, STORAGE_VARIABLE
+    from tuner.session import LEASE_EXPIRY_VARIABLE, LEASE_WAIT_VARIABLE, lease_times
     from tuner.study_file import dump_study
 
     base = place.coordinator(file.name)
@@ -174,9 +175,10 @@ def _program(file: StudyFile, place: Place, address: str) -> Program:
         log=str(base.with_suffix(".log")),
         files={study_file: dump_study(file)},
         environment={
-            "TUNER_STORAGE": place.absolute_url,
-            "TUNER_DATA": str(place.directory),
-            LEASE_WAIT_VARIABLE: str(LEASE_WAIT_S),
+            STORAGE_VARIABLE: place.absolute_url,
+            DATA_VARIABLE: str(place.directory),
+            LEASE_EXPIRY_VARIABLE: f"{lease_times().expiry_s:g}",
+            LEASE_WAIT_VARIABLE: f"{LEASE_WAIT_S:g}",
         },
     )
 

@@ -16,7 +16,7 @@ from studies.errors import StudyFileChangedError
 from studies.history import StudyHistory
 from studies.lease import Lease, LeaseTimes, take_lease, times_for
 from studies.stopping import StopReason, progress_of
-from studies.storage import Storage, open_storage
+from studies.storage import Storage, faults_told, open_storage
 from studies.study import Study, StudySetup, create_study, open_study
 from tuner.access import Cluster, Connect
 from tuner.devices import load_devices, save_devices
@@ -55,7 +55,7 @@ def run_study(file: StudyFile, place: Place, *, connect: Connect, stop: Stop, ob
     `StudyFileChangedError`, with the difference, where the study was made with another file.
     """
     storage = open_storage(place.url)
-    with take_lease(storage, file.name, lease_times(), wait_s=lease_wait_s()) as lease:
+    with faults_told(storage), take_lease(storage, file.name, lease_times(), wait_s=lease_wait_s()) as lease:
         recording = Recording(observer=observer, note_line=lease.note)
         recording.note(f"run {lease.run} of study {file.name} by process {os.getpid()} on host {socket.gethostname()}")
         ended = _run(file, place, storage, lease, connect=connect, stop=stop, observer=recording)

@@ -29,12 +29,38 @@ _OPTIONS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class PostgresServer:
     """A running server; its user is a superuser with a password."""
 
     port: int
-    log_path: Path
+    home: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log_path(self) -> Path:
+        return self.home / "server.log"
+
+    def start(self) -> None:
+        """Start it on its port, with its data, and wait until it answers."""
+        settings = _OPTIONS | {"port": str(self.port)}
+        options = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
+        with self.log_path.open("ab") as sink:
+            argv = ["postgres", "-D", str(self.home / "data"), *options]
+            self.process = _popen(argv, stdout=sink, stderr=sink)
+        _wait_until_ready(self, self.process)
+
+    def stop(self) -> None:
+        """Disconnect everybody and end it; its data stay."""
+        if self.process is None:
+            return
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(STOP_LIMIT_S)
+        self.process = None
 
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://{USER}:{PASSWORD}@127.0.0.1:{self.port}/{database}"
@@ -83,20 +109,13 @@ def _account() -> pwd.struct_passwd | None:
 def postgres_server() -> Iterator[PostgresServer]:
     """A server for the time of the block; call it only where `missing()` is None."""
     home = Path(tempfile.mkdtemp(prefix="tuner-postgres-"))
-    log = home / "server.log"
+    server = PostgresServer(port=free_port(), home=home)
     try:
         _initialise(home)
-        port = free_port()
-        options = [part for key, value in (_OPTIONS | {"port": str(port)}).items() for part in ("-c", f"{key}={value}")]
-        with log.open("wb") as sink:
-            process = _popen(["postgres", "-D", str(home / "data"), *options], stdout=sink, stderr=sink)
-        try:
-            server = PostgresServer(port=port, log_path=log)
-            _wait_until_ready(server, process)
-            yield server
-        finally:
-            _stop(process)
+        server.start()
+        yield server
     finally:
+        server.stop()
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -135,13 +154,3 @@ def _wait_until_ready(server: PostgresServer, process: subprocess.Popen[bytes]) 
             psycopg.connect(server.url(), connect_timeout=5).close()
             return
         time.sleep(0.1)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Immediate shutdown (https://www.postgresql.org/docs/current/server-shutdown.html): nobody needs the data."""
-    process.send_signal(signal.SIGQUIT)
-    try:
-        process.wait(STOP_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait(STOP_LIMIT_S)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from search_spaces.errors import TunerError
+from tuner.perf import perf_app
 from tuner.predict import predict
 from tuner.remote import add_commands
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 study_app = typer.Typer(help="Run studies and look at what they found.", no_args_is_help=True)
 add_commands(study_app)
 app.add_typer(study_app, name="study")
+app.add_typer(perf_app, name="perf")
 app.command("predict")(predict)
 
 Storage = Annotated[

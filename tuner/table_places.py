@@ -13,10 +13,15 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from perf_model.tables import cache_directory, default_root
+from search_spaces.errors import InvalidValueError
 from search_spaces.hardware import DeviceKind
 from search_spaces.problem import Problem
+
+if TYPE_CHECKING:
+    from perf_model.silicon import Silicon
 
 TABLES_VARIABLE = "TUNER_TABLES"
 
@@ -89,3 +94,42 @@ def _entries(root: Path) -> dict[Path, Path]:
     found = [path for path in root.glob("*.yaml") if path.is_file()]
     found += [path for path in root.glob("data/*/*/*") if path.is_dir()]
     return {path.relative_to(root): path.resolve() for path in found}
+
+
+def silicon_at(directory: Path | None) -> Silicon:
+    """Replicas from the tables in `directory`, by default the installed ones with the user's own laid over them.
+
+    Raises `InvalidValueError` where there are none, with the remedy.
+    """
+    from perf_model.silicon import Silicon
+
+    roots = table_roots(directory)
+    return Silicon(roots[0] if len(roots) == 1 else overlay(roots[0], roots[1]))
+
+
+def table_roots(directory: Path | None) -> tuple[Path, ...]:
+    """The directories of tables to look at: `directory`, else the installed public ones, then the user's own.
+
+    Raises `InvalidValueError` where there are none, or where `directory` has another layout.
+    """
+    if directory is not None:
+        return (checked_root(directory),)
+    public, own = default_root(), own_root()
+    found = tuple(root for root in (public, own) if root is not None and systems_in(root))
+    if not found:
+        raise InvalidValueError(
+            "no operation tables are installed; bring the public ones with pip install 'tuner[silicon]', name a "
+            f"directory of the same layout with --tables DIR, or import one to {own} with: tuner perf import DIR"
+        )
+    return found
+
+
+def checked_root(directory: Path) -> Path:
+    """`directory`, or its `systems` folder, where tables lie; raises `InvalidValueError` for another layout."""
+    for root in (directory.expanduser(), directory.expanduser() / "systems"):
+        if systems_in(root):
+            return root.resolve()
+    raise InvalidValueError(
+        f"{directory} holds no operation tables; the layout is "
+        "<dir>/data/<system>/<family>/<engine>/<version>/<table>.parquet, with <dir>/<system>.yaml beside it"
+    )

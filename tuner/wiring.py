@@ -23,7 +23,6 @@ from search_spaces.problem import Objective, Problem, Slo
 from search_spaces.serving import Mode, Role
 from search_spaces.space import RoleChoices, Space, build_space
 from search_spaces.workload import Arrival, Length, Workload
-from studies.stopping import Budget
 from tuner.access import Cluster, Connect
 from tuner.places import Place
 from tuner.study_schema import EmulationSection, NodePoolSection, RoleSection, StudyFile
@@ -37,9 +36,12 @@ if TYPE_CHECKING:
     from perf_model.predictor import Predictor
     from perf_model.prior import Prior
     from perf_model.serving_predictor import ServingPredictor
+    from studies.stopping import Budget
 
 MICROBENCH_LIMIT_S = 180.0
 MODEL_PRESETS: dict[str, ModelSpec] = {"tiny": TINY_MODEL}
+BASIC_METRICS = ("output_tokens_per_s", "ttft_p50_ms", "tpot_p50_ms")
+"""Metrics whose correction is fitted whatever the question is."""
 _ROLE_LISTS = ("replicas", "tp", "pp", "dp", "ep")
 
 UNMEASURED_CORE = Device(
@@ -141,6 +143,8 @@ def make_limits(study: StudyFile) -> TimeLimits:
 
 def make_budget(study: StudyFile) -> Budget:
     """When `study` ends."""
+    from studies.stopping import Budget  # loads Optuna
+
     return Budget(trials=study.budget.trials, wall_s=study.budget.wall_time)
 
 
@@ -148,7 +152,12 @@ def make_predictor(problem: Problem, study: StudyFile) -> CalibratedPredictor:
     """The performance model of `problem`, not corrected by any measurement yet."""
     from perf_model.calibration import CalibratedPredictor
 
-    return CalibratedPredictor(model=uncalibrated(problem, study))
+    asked = (*(objective.metric for objective in problem.objectives), *(slo.metric for slo in problem.slos))
+    return CalibratedPredictor(
+        model=uncalibrated(problem, study),
+        leaders=tuple(dict.fromkeys((*asked, *BASIC_METRICS))),
+        node_types={pool.name: pool.device.name for pool in problem.node_pools},
+    )
 
 
 def uncalibrated(problem: Problem, study: StudyFile) -> Predictor:

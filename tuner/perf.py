@@ -1,0 +1,96 @@
+"""`tuner perf`: operation tables and how right predictions from them are: validate, show, import, collect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+perf_app = typer.Typer(help="Operation tables of the performance model, and how right it is.", no_args_is_help=True)
+
+TablesOption = Annotated[
+    Path | None, typer.Option("--tables", help="Directory of operation tables; the installed public ones by default.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@perf_app.command("validate")
+def validate(
+    measurements: Annotated[Path, typer.Option(help="CSV file of measured runs.")],
+    calibration: Annotated[str, typer.Option(help="none, shipped, or the file of a prior.")] = "shipped",
+    tables: TablesOption = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="CSV file to write: id, ttft_ms, tpot_ms of every predicted row.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hold predictions against measured runs: coverage, and errors of TTFT and TPOT by engine, system and model."""
+    from perf_model.validate import validate as compare
+    from perf_model.validate import write_predictions
+    from tuner.perf_report import show_validation, validation_json
+    from tuner.table_places import silicon_at
+    from tuner.wiring import chosen_prior
+
+    prior = chosen_prior(calibration)
+    silicon = silicon_at(tables)
+    found = compare(measurements, silicon, correct=None if prior is None else prior.correct)
+    if predictions is not None:
+        predictions.parent.mkdir(parents=True, exist_ok=True)
+        write_predictions(found, predictions)
+    if as_json:
+        print(json.dumps(validation_json(found, calibration), indent=2, ensure_ascii=False))
+    else:
+        show_validation(found, calibration, _console())
+
+
+@perf_app.command("show")
+def show(
+    tables: TablesOption = None,
+    system: Annotated[str | None, typer.Option(help="One system, such as h200_sxm.")] = None,
+    engine: Annotated[str | None, typer.Option(help="One engine, such as vllm.")] = None,
+    html: Annotated[Path | None, typer.Option(help="HTML file to write, with plots of utilisation.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what tables hold: rows by family and their ranges; with --html how well the hardware is used."""
+    from tuner.table_places import table_roots
+    from tuner.table_survey import coverage, coverage_json, show_coverage
+
+    roots = table_roots(tables)
+    found = [row for root in roots for row in coverage(root, system, engine)]
+    if as_json:
+        print(json.dumps(coverage_json(found), indent=2, ensure_ascii=False))
+    else:
+        show_coverage(found, roots, _console())
+    if html is not None:
+        from tuner.table_plots import write_plots
+
+        print(f"Plots: {write_plots(roots, found, html)}")
+
+
+@perf_app.command("import")
+def import_(
+    directory: Annotated[Path, typer.Argument(help="Directory of the layout <dir>/data/<system>/<family>/...")],
+    to: Annotated[
+        Path | None, typer.Option(help="Where to; TUNER_TABLES or ~/.local/share/tuner/tables by default.")
+    ] = None,
+) -> None:
+    """Check a directory of operation tables and copy it to where predictions look for your own tables."""
+    from tuner.table_import import import_tables
+    from tuner.table_places import own_root
+
+    done = import_tables(directory, to or own_root())
+    print(f"Imported {done.files} tables ({done.rows:,} rows) of {', '.join(done.systems)} to {done.target}")
+    print(f"Provenance: {done.provenance}")
+    if to is not None and to.expanduser().resolve() != own_root().expanduser().resolve():
+        print(f"Predictions look there where TUNER_TABLES={to} is set.")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False)

@@ -8,35 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from perf_model.batch import step_batch
-from perf_model.costs import OperationCosts
-from perf_model.footprint import Footprint
-from perf_model.hosts import HostedSteps, host_traits
-from perf_model.layout import PlanContext, ReplicaLayout, plan
-from perf_model.precision import checkpoint_precision
+from perf_model.curves import Origin
+from perf_model.gpu_groups import HANDOVER_MS, GpuGroups
+from perf_model.serving_predictor import NO_TABLES
 from perf_model.silicon import GpuReplica, ReplicaKey, Silicon
-from perf_model.steps import TableSteps
-from perf_model.systems import GpuSystem
-from perf_model.tables import TableStore, default_root
 from search_spaces.emulation import EngineProfile, GpuMemory, HandOver, Row, Sheet, StepTimes
 from search_spaces.engines.emulated import EMULATED
 from search_spaces.errors import InvalidValueError
-from search_spaces.hardware import Device, DeviceKind
-from search_spaces.model import ModelSpec, MoeFeedForward
+from search_spaces.hardware import DeviceKind
+from search_spaces.model import MoeFeedForward
 from search_spaces.problem import Problem
 from search_spaces.serving import OptionValue, Pool, Role, ServingConfig
 
-STANDS_FOR = "vllm"
-"""The engine whose operation tables and host overheads are used."""
-HAND_OVER_MS = 10.0
-"""Exchange of meta-data before a KV cache moves, as in `perf_model.validate`."""
-NO_TABLES = Path("no-operation-tables")
-_NODE_GPUS = 8
 _DOUBLING = tuple(2.0**n for n in range(18))
 
 
@@ -47,8 +36,8 @@ class Profiles:
     root: Path | None
 
     @cached_property
-    def _silicon(self) -> Silicon | None:
-        return None if self.root is None else Silicon(self.root)
+    def _silicon(self) -> Silicon:
+        return Silicon(self.root or NO_TABLES)
 
     @cached_property
     def _made(self) -> dict[tuple[ReplicaKey, int, int, int], StepTimes]:
@@ -66,10 +55,7 @@ class Profiles:
                 f"the emulated engine stands for GPUs, and node pool {pool.node_pool!r} has {device.name}; "
                 "name a GPU as its device"
             )
-        key = _key(pool, device, problem.model)
-        if self._silicon is not None and (self._silicon.root / f"{device.name}.yaml").is_file():
-            return self._silicon.replica(key)
-        return _by_speed_of_light(key, device)
+        return GpuGroups(problem, self._silicon, 1.0).replica(EMULATED.name, pool)
 
     def memory(self, pool: Pool, problem: Problem) -> GpuMemory:
         """Bytes on each GPU of a replica; raises as `replica`."""
@@ -82,7 +68,6 @@ class Profiles:
     def _profile(self, pool: Pool, config: ServingConfig, problem: Problem) -> EngineProfile:
         replica = self.replica(pool, problem)
         layout, model = replica.key.layout, problem.model
-        by_tables = replica.steps.kernels.costs.store.root != NO_TABLES
         return EngineProfile(
             gpu=replica.key.system,
             gpus=layout.ranks,
@@ -92,8 +77,8 @@ class Profiles:
             ranks=layout.dp,
             stages=layout.pp,
             lockstep=layout.dp > 1 and any(isinstance(g.feed_forward, MoeFeedForward) for g in model.layers),
-            request_ms=replica.traits.request_ms,
-            origin=f"{STANDS_FOR}'s operation tables" if by_tables else "speed of light, no operation tables",
+            request_ms=replica.request_ms,
+            origin=_origin(replica, problem),
         )
 
     def _times(self, replica: GpuReplica, pool: Pool, problem: Problem) -> StepTimes:
@@ -105,68 +90,18 @@ class Profiles:
         return self._made[key]
 
 
-@cache
-def installed_profiles() -> Profiles:
-    """Profiles from the installed operation tables, or by the speed of light where there are none."""
-    return Profiles(default_root())
-
-
 def option(pool: Pool, name: str) -> OptionValue:
     """The pool's value of an option of the emulated engine, its default where it is not set."""
     return pool.option(name, EMULATED.parameter(name).default)
 
 
-def _key(pool: Pool, device: Device, model: ModelSpec) -> ReplicaKey:
-    cache = "fp8" if option(pool, "kv_cache_dtype") == "fp8" else "bfloat16"
-    sizes = pool.parallelism
-    return ReplicaKey(
-        model=model,
-        system=device.name,
-        engine=STANDS_FOR,
-        layout=ReplicaLayout(tp=sizes.tp, pp=sizes.pp, dp=sizes.dp, ep=sizes.ep),
-        precision=checkpoint_precision(model, cache=cache),
-    )
-
-
-def _by_speed_of_light(key: ReplicaKey, device: Device) -> GpuReplica:
-    """A replica whose operations have no tables."""
-    system = _system(device)
-    costs = OperationCosts(TableStore(NO_TABLES, key.system, key.engine), system)
-    traits = host_traits(key.engine)
-    context = PlanContext(
-        model=key.model,
-        layout=key.layout,
-        precision=key.precision,
-        engine=key.engine,
-        gpus_per_node=system.gpus_per_domain,
-        module_formats=costs.module_formats(),
-    )
-    footprint = Footprint(
-        model=key.model, layout=key.layout, precision=key.precision, system=system, memory_share=traits.memory_share
-    )
-    steps = HostedSteps(TableSteps(plan(context), costs), traits, key.model.num_layers)
-    return GpuReplica(key=key, steps=steps, footprint=footprint, traits=traits)
-
-
-def _system(device: Device) -> GpuSystem:
-    """Facts of a GPU from its data sheet; small kernels at 0.8 of the bandwidth and 3 us, links in 10 us."""
-    return GpuSystem(
-        name=device.name,
-        memory_bytes=device.memory_bytes,
-        memory_bandwidth=device.memory_bandwidth,
-        flops=device.flops,
-        memory_efficiency=0.8,
-        launch_s=3e-6,
-        gpus_per_node=_NODE_GPUS,
-        gpus_per_domain=_NODE_GPUS,
-        link_bandwidth=device.link_bandwidth,
-        network_bandwidth=device.network_bandwidth,
-        hop_s=1e-5,
-        reserve_bytes=3.5 * 2**30,
-        comm_bytes={1: 0.0, 2: 0.35 * 2**30, 4: 0.4 * 2**30, 8: 0.4 * 2**30},
-        nccl_version="",
-        sm_version=0,
-    )
+def _origin(replica: GpuReplica, problem: Problem) -> str:
+    """Where the times of a decode step come from, in words."""
+    shares = replica.steps.origins(step_batch(decode_seqs=[8.0], decode_context=[float(problem.workload.isl.mean)]))
+    by_table = 1.0 - shares[Origin.ROOFLINE]
+    if by_table == 0.0:
+        return "speed of light, no operation tables"
+    return f"{replica.key.engine}'s operation tables for {by_table:.0%} of a decode step, speed of light for the rest"
 
 
 def _memory(replica: GpuReplica, pool: Pool, problem: Problem) -> GpuMemory:
@@ -193,7 +128,7 @@ def _hand_over(pool: Pool, config: ServingConfig, problem: Problem, replica: Gpu
     speed = min(d.link_bandwidth if same_node else d.network_bandwidth for d in devices)
     ends = [other.parallelism.tp * other.parallelism.pp for other in config.pools]
     own = pool.parallelism.tp * pool.parallelism.pp
-    return HandOver(bytes_per_token=on_gpu * own, bandwidth=speed * min(ends), latency_ms=HAND_OVER_MS)
+    return HandOver(bytes_per_token=on_gpu * own, bandwidth=speed * min(ends), latency_ms=HANDOVER_MS)
 
 
 def step_times(replica: GpuReplica, *, budget: int, seqs: int, context: int) -> StepTimes:

@@ -177,7 +177,7 @@ def with_prior(model: ServingPredictor, problem: Problem, study: StudyFile) -> P
     """`model`, corrected by the prior that `study` wants where its engines run on GPUs."""
     prior = chosen_prior(study.calibration)
     on_gpus = any(DeviceKind.GPU in engine_spec(engine).devices for engine in study.engines)
-    if prior is None or not on_gpus:
+    if prior is None or not on_gpus or is_emulated(study):  # what is emulated takes the model's times as they are
         return model
     from perf_model.corrected import CorrectedPredictor
 
@@ -264,19 +264,20 @@ class RayAccess:
 
         backends: dict[str, EngineBackend] = {"llamacpp": LlamaCppBackend()}
         if is_emulated(self.study):
-            backends["emulated"] = emulated_backend(self.study)
+            backends["emulated"] = emulated_backend(self.study, make_problem(self.study))
         work_dir = self.place.deployments(study)
         return RayTrialRunner(study=study, backends=backends, cluster=self.cluster, work_dir=work_dir)
 
 
-def emulated_backend(study: StudyFile) -> EmulatedBackend:
-    """The emulated engine as `study` wants it to behave."""
+def emulated_backend(study: StudyFile, problem: Problem) -> EmulatedBackend:
+    """The emulated engine as `study` wants it to behave, with the times of the tables that its predictions use."""
     from cluster.engines.emulated import EmulatedBackend
-    from tuner.emulation import installed_profiles
+    from tuner.emulation import Profiles
+    from tuner.table_places import tables_of
 
     wanted = study.emulation or EmulationSection()
     return EmulatedBackend(
-        source=installed_profiles(),
+        source=Profiles(tables_of(problem).root),
         noise=Noise(step=wanted.step_noise, launch=wanted.launch_noise),
         plan=FaultPlan(shares={FaultKind(name): share for name, share in wanted.faults.items()}, seed=study.seed),
     )

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from perf_model.batch import step_batch
+from perf_model.serving_predictor import NO_TABLES, ServingPredictor
+from perf_model.tables import default_root
 from search_spaces.emulation import Chunk, FaultKind
 from search_spaces.errors import InvalidValueError
 from search_spaces.hardware import NodePool
@@ -20,7 +22,6 @@ from search_spaces.rules import infeasibility
 from search_spaces.serving import Candidate, Mode, Parallelism, Pool, Role, ServingConfig, make_options
 from search_spaces.workload import Arrival, Length, Load, Workload
 from tests.support.ray_problem import POOL
-from tuner.emulated_predictor import EmulatedPredictor
 from tuner.emulation import Profiles, step_times
 from tuner.study_errors import StudyFileError
 from tuner.study_file import load_study_file, parse_study
@@ -133,10 +134,8 @@ def test_profiles_say_where_their_times_come_from_and_are_json() -> None:
 
 def test_installed_tables_are_used_where_there_are_some() -> None:
     pytest.importorskip("aiconfigurator_core", reason="the extra [silicon] is not installed")
-    from tuner.emulation import installed_profiles
-
     for gpu in ("h100_sxm", "h200_sxm", "a100_sxm"):
-        profile = installed_profiles()(config(pool(gpu=gpu)), PROBLEM)[Role.MIXED]
+        profile = Profiles(default_root())(config(pool(gpu=gpu)), PROBLEM)[Role.MIXED]
         assert "operation tables" in profile.origin
         assert 5.0 < profile.times.step_ms([], 8, 1000.0) < 80.0
 
@@ -154,7 +153,7 @@ def test_gpus_by_name() -> None:
 
 def predict(candidate_config: ServingConfig, concurrency: float) -> dict[str, float]:
     candidate = Candidate(config=candidate_config, load=Load(arrival=Arrival.CLOSED, value=concurrency))
-    (found,) = EmulatedPredictor(problem=PROBLEM, profiles=BY_LIGHT).predict([candidate])
+    (found,) = ServingPredictor(PROBLEM, tables=NO_TABLES).predict([candidate])
     assert found.infeasible is None, found.infeasible
     return dict(found.metrics)
 
@@ -174,9 +173,9 @@ def test_prefill_and_decode_on_different_gpu_types_are_predicted_by_their_own_ti
 
 def test_what_does_not_fit_is_predicted_infeasible_with_the_figures() -> None:
     candidate = Candidate(config=config(pool(tp=1)), load=Load(arrival=Arrival.CLOSED, value=4))
-    (found,) = EmulatedPredictor(problem=PROBLEM, profiles=BY_LIGHT).predict([candidate])
+    (found,) = ServingPredictor(PROBLEM, tables=NO_TABLES).predict([candidate])
     assert found.infeasible is not None
-    assert "room for 0 tokens" in found.infeasible
+    assert "out of memory" in found.infeasible
     assert found.metrics == {}
 
 
@@ -187,7 +186,7 @@ def test_predictions_come_in_the_order_asked() -> None:
         for tp in (4, 8)
         for load in (1, 16)
     ]
-    predictor = EmulatedPredictor(problem=PROBLEM, profiles=BY_LIGHT)
+    predictor = ServingPredictor(PROBLEM, tables=NO_TABLES)
     together = predictor.predict(asked)
     for candidate, found in zip(asked, together, strict=True):
         assert predictor.predict([candidate])[0].metrics == pytest.approx(dict(found.metrics))
@@ -201,7 +200,7 @@ def test_the_example_is_a_study_of_three_gpu_types() -> None:
     assert problem.model.parameters == pytest.approx(70.6e9, rel=0.01)
     for mode in Mode:
         assert infeasibility(space.default(mode), problem) is None
-    backend = emulated_backend(study)
+    backend = emulated_backend(study, problem)
     assert backend.plan.shares == {FaultKind.OUT_OF_MEMORY_UNDER_LOAD: 0.03}
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 HIDDEN = "***"
-_IN_URL = re.compile(r"(?P<before>[a-zA-Z][\w+.-]*://[^\s:/@]*):[^\s/]*@")
-_IN_QUERY = re.compile(r"(?P<key>[?&;\s]\w*(?:password|passwd|pwd|secret|token|api_?key)=)[^&\s;'\"]*", re.IGNORECASE)
+_IN_URL = re.compile(r"(?P<before>[a-zA-Z][\w+.-]*://[^\s:/@]*):[^\s@]*@")
+_IN_QUERY = re.compile(r"(?P<key>\b\w*(?:password|passwd|pwd|secret|token|api_?key)=)[^&\s;'\"]*", re.IGNORECASE)
 
 
 def redacted(text: str) -> str:

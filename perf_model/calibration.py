@@ -1,109 +1,283 @@
-"""What measurements teach the model: one correction factor per metric and serving mode.
+"""What measurements teach the model: a mean and a standard deviation of log(measured / predicted) of every metric.
 
-With n measured pairs of a metric in a mode, and r_i = ln(measured_i / predicted_i), the factor is
-exp(n / (n + PRIOR_PAIRS) * mean(r)): the mean log ratio, shrunk towards no correction while pairs are few. This is the
-posterior mean of a normal mean whose prior is N(0, v) and whose noise variance is PRIOR_PAIRS * v (Gelman et al.,
-Bayesian Data Analysis, 3rd edition, section 2.5). The standard deviation of the log is that of the residuals about the
-factor, with PRIOR_PAIRS pairs at `PRIOR_LOG_STDDEV` added, so that it is never claimed from one point.
+Every metric of the question has a surrogate of its own (`perf_model.surrogate`); a metric that nobody asks for borrows
+the hyperparameters of its nearest relative and learns its own values. `learned` fits once; `predict` then answers for
+any number of candidates.
+
+How wrong the model says it is (`Prediction.log_stddev`) counts twice: its usual size over what was measured sets the
+centre of the hyperparameters' prior, and a candidate that the model doubts more than usual carries that as `doubt`. The
+width of intervals follows the one-step-ahead residuals: with L the Cholesky factor of the covariance of observations in
+the order in which they were made, the entries of L^-1 y are each observation's miss by what was known before it, in its
+own standard deviations (Rasmussen and Williams, 2006, section 2.2, with the factor read row by row).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 
+import numpy as np
+from scipy.linalg import solve_triangular
+
+from perf_model.features import features_of
+from perf_model.numeric import FloatArray, floats
 from perf_model.predictor import Predictor
+from perf_model.surrogate import (
+    Features,
+    Hyperparameters,
+    HyperPrior,
+    Surrogate,
+    condition,
+    correct_all,
+    fit,
+    interval_width,
+    with_width,
+)
 from search_spaces.outcome import Prediction
-from search_spaces.serving import Candidate, Mode
+from search_spaces.serving import Candidate
 
-PRIOR_PAIRS = 2.0
-PRIOR_LOG_STDDEV = 0.5  # a model without any measurement is believed within a factor of e^0.5 = 1.65
+STATED_LOG_STDDEV = 0.5  # a model that does not say how wrong it is, is believed within a factor of e^0.5 = 1.65
+EXACT = frozenset({"devices", "price_per_hour", "error_rate"})
+"""Metrics that no measurement corrects: the first two are known, the third is predicted as none."""
 
+NOTHING_LOG_RATIO, LARGEST_LOG_RATIO = -3.0, 7.0
+"""What a measured 0 counts as where something was predicted (a twentieth); ratios beyond the other bound are cut."""
 
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """What the uncorrected model said of a candidate in `mode`, and what was measured; metrics by name."""
+REMEMBERED = 50_000
+"""Raw predictions that are kept."""
 
-    mode: Mode
-    predicted: Mapping[str, float]
-    measured: Mapping[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Correction:
-    """`factor` multiplies a predicted metric; `log_stddev` is the standard deviation of the corrected logarithm."""
-
-    factor: float
-    log_stddev: float
-    pairs: int
-
-
-NO_CORRECTION = Correction(factor=1.0, log_stddev=PRIOR_LOG_STDDEV, pairs=0)
+Measured = tuple[Candidate, Mapping[str, float]]
+"""A candidate and its measured metrics by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Corrections by mode and metric; empty before anything was measured."""
+    """Surrogates by metric, all over the same candidates, and how wrong the raw model usually says it is."""
 
-    corrections: Mapping[tuple[Mode, str], Correction] = field(default_factory=dict)
+    surrogates: Mapping[str, Surrogate] = field(default_factory=dict)
+    usual: Mapping[str, float] = field(default_factory=dict)
 
-    def correction(self, mode: Mode, metric: str) -> Correction:
-        """The correction of `metric` in `mode`; `NO_CORRECTION` where nothing was measured."""
-        return self.corrections.get((mode, metric), NO_CORRECTION)
-
-    def apply(self, prediction: Prediction, mode: Mode) -> Prediction:
-        """`prediction` with every metric corrected; infeasible predictions stay as they are."""
-        if prediction.infeasible is not None:
-            return prediction
-        corrections = {metric: self.correction(mode, metric) for metric in prediction.metrics}
-        return replace(
-            prediction,
-            metrics={metric: value * corrections[metric].factor for metric, value in prediction.metrics.items()},
-            log_stddev={
-                metric: corrections[metric].log_stddev
-                if corrections[metric].pairs
-                else prediction.log_stddev.get(metric, PRIOR_LOG_STDDEV)
-                for metric in prediction.metrics
-            },
-        )
-
-
-def calibrate(pairs: Iterable[Pair]) -> Calibration:
-    """The calibration that `pairs` teach; metrics that are missing or not above 0 on either side teach nothing."""
-    ratios: dict[tuple[Mode, str], list[float]] = {}
-    for pair in pairs:
-        for metric, predicted in pair.predicted.items():
-            measured = pair.measured.get(metric, 0.0)
-            if predicted > 0 and measured > 0:
-                ratios.setdefault((pair.mode, metric), []).append(math.log(measured / predicted))
-    return Calibration(corrections={key: _correction(values) for key, values in ratios.items()})
-
-
-def _correction(log_ratios: Sequence[float]) -> Correction:
-    count = len(log_ratios)
-    shift = math.fsum(log_ratios) / (count + PRIOR_PAIRS)
-    squares = math.fsum((value - shift) ** 2 for value in log_ratios) + PRIOR_PAIRS * PRIOR_LOG_STDDEV**2
-    return Correction(factor=math.exp(shift), log_stddev=math.sqrt(squares / (count + PRIOR_PAIRS)), pairs=count)
+    def doubt(self, prediction: Prediction) -> float:
+        """How much more wrong than usual the model takes `prediction` to be: the geometric mean over the metrics."""
+        return _doubt(prediction, self.usual)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratedPredictor:
-    """A predictor whose answers are corrected by a calibration."""
+    """A predictor whose answers are corrected by measurements.
+
+    `leaders` are the metrics whose hyperparameters are fitted: those of the question. `node_types` maps node pools to
+    device names.
+    """
 
     model: Predictor
+    leaders: tuple[str, ...] = ("output_tokens_per_s", "ttft_p50_ms", "tpot_p50_ms")
+    node_types: Mapping[str, str] = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)
+    _raw: dict[Candidate, Prediction] = field(default_factory=dict, repr=False, compare=False)
 
     def predict(self, candidates: Sequence[Candidate]) -> list[Prediction]:
-        """One corrected prediction for each candidate, in order."""
-        raw = self.model.predict(candidates)
-        return [self.calibration.apply(p, c.config.mode) for p, c in zip(raw, candidates, strict=True)]
+        """One corrected prediction for each candidate, in order; `log_stddev` is that of a new measurement."""
+        raw = self.raw(candidates)
+        rows = [index for index, prediction in enumerate(raw) if prediction.infeasible is None]
+        corrected = self._corrected([candidates[index] for index in rows], [raw[index] for index in rows])
+        answers = dict(zip(rows, corrected, strict=True))
+        return [answers.get(index, prediction) for index, prediction in enumerate(raw)]
 
-    def learned(self, measured: Sequence[tuple[Candidate, Mapping[str, float]]]) -> CalibratedPredictor:
-        """This predictor calibrated anew on every (candidate, measured metrics) given."""
-        raw = self.model.predict([candidate for candidate, _ in measured])
-        pairs = [
-            Pair(mode=candidate.config.mode, predicted=prediction.metrics, measured=metrics)
+    def raw(self, candidates: Sequence[Candidate]) -> list[Prediction]:
+        """What the uncorrected model says; it is asked once for every candidate."""
+        if len(self._raw) > REMEMBERED:
+            self._raw.clear()
+        missing = list(dict.fromkeys(candidate for candidate in candidates if candidate not in self._raw))
+        if missing:
+            self._raw.update(zip(missing, self.model.predict(missing), strict=True))
+        return [self._raw[candidate] for candidate in candidates]
+
+    def learned(self, measured: Sequence[Measured]) -> CalibratedPredictor:
+        """This predictor calibrated anew on every measurement given, in the order in which they were made."""
+        raw = self.raw([candidate for candidate, _ in measured])
+        known = [
+            (candidate, metrics, prediction)
             for (candidate, metrics), prediction in zip(measured, raw, strict=True)
+            if prediction.infeasible is None
         ]
-        return replace(self, calibration=calibrate(pairs))
+        if not known:
+            return replace(self, calibration=Calibration())
+        usual = _usual([prediction for _, _, prediction in known])
+        doubts = [_doubt(prediction, usual) for _, _, prediction in known]
+        features = features_of([candidate for candidate, _, _ in known], doubts, self.node_types)
+        ratios = _ratios([(prediction.metrics, metrics) for _, metrics, prediction in known])
+        surrogates = _surrogates(features, ratios, usual, self.leaders, self.calibration.surrogates)
+        return replace(self, calibration=Calibration(surrogates=surrogates, usual=usual))
+
+    def believing(self, candidates: Sequence[Candidate]) -> CalibratedPredictor:
+        """This predictor as if `candidates` had been measured as predicted: it takes less interest in what is alike.
+
+        Nothing is fitted anew (kriging believer, Ginsbourger et al., 2010).
+        """
+        raw = self.raw(candidates)
+        pairs = [(c, p) for c, p in zip(candidates, raw, strict=True) if p.infeasible is None]
+        if not pairs or not self.calibration.surrogates:
+            return self
+        added = self._features([c for c, _ in pairs], [p for _, p in pairs])
+        joined: dict[int, Features] = {}  # surrogates that share their features go on doing so
+        believed = {
+            metric: _believing(surrogate, added, joined) for metric, surrogate in self.calibration.surrogates.items()
+        }
+        return replace(self, calibration=replace(self.calibration, surrogates=believed))
+
+    def _features(self, candidates: Sequence[Candidate], raw: Sequence[Prediction]) -> Features:
+        return features_of(candidates, (self.calibration.doubt(prediction) for prediction in raw), self.node_types)
+
+    def _corrected(self, candidates: Sequence[Candidate], raw: Sequence[Prediction]) -> list[Prediction]:
+        surrogates = self.calibration.surrogates
+        if not candidates or not surrogates:
+            return [_unmeasured(prediction) for prediction in raw]
+        metrics = list(surrogates)
+        corrections = correct_all([surrogates[metric] for metric in metrics], self._features(candidates, raw))
+        factors = np.exp(np.stack([correction.mean for correction in corrections]))
+        known = np.stack([correction.stddev for correction in corrections])
+        noise = np.array([s.width * s.noise_stddev for s in (surrogates[metric] for metric in metrics)])
+        spread = np.sqrt(known**2 + noise[:, None] ** 2)
+        noises = dict(zip(metrics, noise.tolist(), strict=True))
+        return [
+            _apply(
+                _unmeasured(prediction),
+                dict(zip(metrics, column, strict=True)),
+                dict(zip(metrics, wide, strict=True)),
+                noises,
+            )
+            for prediction, column, wide in zip(raw, factors.T.tolist(), spread.T.tolist(), strict=True)
+        ]
+
+
+def _unmeasured(prediction: Prediction) -> Prediction:
+    """`prediction` with a spread for every metric."""
+    stated = {metric: _stated(prediction, metric) for metric in prediction.metrics}
+    return replace(prediction, log_stddev=stated)
+
+
+def _apply(
+    prediction: Prediction, factors: Mapping[str, float], spread: Mapping[str, float], noise: Mapping[str, float]
+) -> Prediction:
+    return replace(
+        prediction,
+        metrics={metric: value * factors.get(metric, 1.0) for metric, value in prediction.metrics.items()},
+        log_stddev={metric: spread.get(metric, stated) for metric, stated in prediction.log_stddev.items()},
+        log_noise={metric: noise[metric] for metric in prediction.metrics if metric in noise},
+    )
+
+
+def _stated(prediction: Prediction, metric: str) -> float:
+    return 0.0 if metric in EXACT else prediction.log_stddev.get(metric, STATED_LOG_STDDEV) or STATED_LOG_STDDEV
+
+
+def _usual(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Median over `predictions` of how wrong the raw model says it is, by metric."""
+    metrics = dict.fromkeys(metric for p in predictions for metric in p.metrics if metric not in EXACT)
+    return {m: median(_stated(p, m) for p in predictions if m in p.metrics) for m in metrics}
+
+
+def _doubt(prediction: Prediction, usual: Mapping[str, float]) -> float:
+    ratios = [math.log(_stated(prediction, m) / usual[m]) for m in prediction.metrics if m in usual]
+    return math.exp(math.fsum(ratios) / len(ratios)) if ratios else 1.0
+
+
+def _ratios(pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]) -> dict[str, FloatArray]:
+    """log(measured / predicted) (n,) by metric, not a number where a (predicted, measured) pair tells none."""
+    metrics = dict.fromkeys(metric for predicted, _ in pairs for metric in predicted if metric not in EXACT)
+    table = {m: floats([_ratio(predicted.get(m), measured.get(m)) for predicted, measured in pairs]) for m in metrics}
+    return {metric: column for metric, column in table.items() if not np.isnan(column).all()}
+
+
+def _ratio(predicted: float | None, measured: float | None) -> float:
+    if predicted is None or measured is None or predicted <= 0 or measured < 0 or not math.isfinite(measured):
+        return math.nan
+    if measured == 0:
+        return NOTHING_LOG_RATIO
+    return max(-LARGEST_LOG_RATIO, min(LARGEST_LOG_RATIO, math.log(measured / predicted)))
+
+
+def _surrogates(
+    features: Features,
+    ratios: Mapping[str, FloatArray],
+    usual: Mapping[str, float],
+    leaders: Sequence[str],
+    before: Mapping[str, Surrogate],
+) -> dict[str, Surrogate]:
+    """A surrogate for every metric of `ratios`: the leaders fitted, the others with the nearest leader's kernel."""
+    fitted: dict[str, Surrogate] = {}
+    for metric in (leader for leader in dict.fromkeys(leaders) if leader in ratios):
+        start = before[metric].hyper if metric in before else None
+        part, target = _told(features, ratios[metric])
+        fitted[metric] = _widened(fit(part, target, prior=_prior(usual[metric]), start=start))
+    for metric, column in ratios.items():
+        if metric not in fitted:
+            part, target = _told(features, column)
+            hyper = _relative(metric, fitted) or _prior(usual[metric]).centre
+            fitted[metric] = _widened(condition(part, target, hyper))
+    return fitted
+
+
+def _told(features: Features, column: FloatArray) -> tuple[Features, FloatArray]:
+    """The observations that `column` tells; the same `features` where all do, which makes corrections quicker."""
+    told = ~np.isnan(column)
+    return (features, column) if told.all() else (features.take(told), column[told])
+
+
+def _prior(stated: float) -> HyperPrior:
+    """The prior of a metric that the raw model says is wrong by `stated`, never a narrower one than for any model.
+
+    What a model states of itself was learnt on other machines than this one.
+    """
+    usual = Hyperparameters()
+    total = math.sqrt(usual.bias**2 + usual.level**2 + usual.trend**2)
+    factor = max(stated / total, 1.0)
+    return HyperPrior(
+        centre=replace(usual, bias=usual.bias * factor, level=usual.level * factor, trend=usual.trend * factor)
+    )
+
+
+def _relative(metric: str, fitted: Mapping[str, Surrogate]) -> Hyperparameters | None:
+    """Hyperparameters of the fitted metric whose name begins most alike; None where nothing was fitted."""
+    if not fitted:
+        return None
+    return fitted[max(fitted, key=lambda other: _common(metric, other))].hyper
+
+
+def _common(first: str, second: str) -> int:
+    """Words that two names have in common at their beginning; those of a rate count as one word."""
+    alike = 0
+    for left, right in zip(_words(first), _words(second), strict=False):
+        if left != right:
+            break
+        alike += 1
+    return alike
+
+
+def _words(metric: str) -> list[str]:
+    words = metric.removesuffix("_ms").split("_")
+    is_latency = words[0] in {"ttft", "tpot", "itl", "e2e"}
+    return words if is_latency else ["rate", *words]
+
+
+def _widened(surrogate: Surrogate) -> Surrogate:
+    return with_width(surrogate, interval_width(one_step_ahead(surrogate)))
+
+
+def one_step_ahead(surrogate: Surrogate) -> FloatArray:
+    """Each observation's miss (n,) by what was known before it, in standard deviations of width 1."""
+    if len(surrogate.log_ratio) == 0:
+        return floats([])
+    return floats(solve_triangular(surrogate.factor, surrogate.log_ratio, lower=True, check_finite=False))
+
+
+def _believing(surrogate: Surrogate, added: Features, joined: dict[int, Features]) -> Surrogate:
+    (correction,) = correct_all([surrogate], added)
+    key = id(surrogate.features)
+    if key not in joined:
+        joined[key] = surrogate.features.joined(added)
+    target = np.concatenate([surrogate.log_ratio, correction.mean])
+    return condition(joined[key], target, surrogate.hyper, width=surrogate.width)

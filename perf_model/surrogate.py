@@ -73,6 +73,15 @@ class Features:
             doubt=self.doubt[index],
         )
 
+    def joined(self, other: Features) -> Features:
+        """These candidates, then those of `other`."""
+        return Features(
+            categories=np.concatenate([self.categories, other.categories]),
+            sizes=np.concatenate([self.sizes, other.sizes]),
+            loads=np.concatenate([self.loads, other.loads]),
+            doubt=np.concatenate([self.doubt, other.doubt]),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:

@@ -13,12 +13,15 @@ from search_spaces.metrics import ServingMetrics
 class Prediction:
     """Expected metrics by name (see `search_spaces.metrics.METRICS`).
 
-    `log_stddev` is the standard deviation of the natural logarithm of each metric. `infeasible` says why the candidate
-    cannot run (then `metrics` is empty), None where it can. `breakdown_ms` is the time per operation of a step.
+    `log_stddev` is the standard deviation of the natural logarithm of each metric, as a measurement would show it;
+    `log_noise` is the part of it that repeating the measurement would show too (none where it is not known).
+    `infeasible` says why the candidate cannot run (then `metrics` is empty), None where it can. `breakdown_ms` is the
+    time per operation of a step.
     """
 
     metrics: Mapping[str, float]
     log_stddev: Mapping[str, float] = field(default_factory=dict)
+    log_noise: Mapping[str, float] = field(default_factory=dict)
     infeasible: str | None = None
     breakdown_ms: Mapping[str, float] = field(default_factory=dict)
 

@@ -19,7 +19,7 @@ from search_spaces.outcome import Failure, Outcome, Prediction
 from search_spaces.problem import Problem
 from search_spaces.serving import Candidate
 from studies.errors import SpaceExhausted
-from studies.records import Proposal, TrialRecord
+from studies.records import Proposal, TrialRecord, TrialStatus
 from studies.stopping import Budget, Progress, StopReason, stop_reason
 from studies.study import Study
 from tuner.observer import RECENT_TRIALS, Observer, Snapshot, Trying
@@ -31,6 +31,7 @@ class LearningModel:
     """The performance model, corrected by every measurement."""
 
     def __init__(self, predictor: CalibratedPredictor) -> None:
+        self._learned = predictor
         self._predictor = predictor
 
     def predict(self, candidates: Sequence[Candidate]) -> list[Prediction]:
@@ -38,9 +39,16 @@ class LearningModel:
         return self._predictor.predict(candidates)
 
     def learn(self, trials: Sequence[TrialRecord]) -> None:
-        """Calibrate anew on all measured `trials`."""
-        measured = [(t.candidate, t.measurement.metrics.flat()) for t in trials if t.candidate and t.measurement]
-        self._predictor = self._predictor.learned(measured)
+        """Calibrate anew on all measured `trials`, and believe what is predicted of those being measured."""
+        ended = sorted((t for t in trials if t.measurement), key=lambda t: t.ended_at.timestamp() if t.ended_at else 0)
+        measured = [(t.candidate, t.measurement.metrics.flat()) for t in ended if t.candidate and t.measurement]
+        self._learned = self._learned.learned(measured)
+        self.believe(trials)
+
+    def believe(self, trials: Sequence[TrialRecord]) -> None:
+        """Take what is being measured among `trials` for measured as predicted, so that nothing alike is asked."""
+        running = [trial.candidate for trial in trials if trial.status is TrialStatus.RUNNING and trial.candidate]
+        self._predictor = self._learned.believing(running)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +148,7 @@ class Search:
         handle = self.runner.start(self._request(proposal))
         self._trying.append(_InFlight(proposal=proposal, handle=handle, state=Running(phase="start", elapsed_s=0.0)))
         self._look()
+        self.model.believe(self._view.trials)
         self.observer.begun(proposal)
 
     def _request(self, proposal: Proposal) -> TrialRequest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,9 @@ from studies.history import StudySummary
 from studies.pareto import front
 from studies.records import TrialRecord, TrialStatus
 from tuner.wording import candidate_json, candidate_text, metric_label, number
+
+Z_90 = 1.6449
+"""Standard deviations on either side of a normal mean that hold 90%."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +99,21 @@ def median_error(trials: Sequence[TrialRecord], metric: str) -> float | None:
     """Median relative error of the predictions made before measuring; None where there are none."""
     errors = [error for trial in trials if (error := relative_error(trial, metric)) is not None]
     return statistics.median(errors) if errors else None
+
+
+def coverage(trials: Sequence[TrialRecord], metric: str) -> float | None:
+    """Share of measurements inside the 90% interval that was predicted before; None where no interval was given."""
+    inside = [held for trial in trials if (held := _in_interval(trial, metric)) is not None]
+    return sum(inside) / len(inside) if inside else None
+
+
+def _in_interval(trial: TrialRecord, metric: str) -> bool | None:
+    measured = metrics_of(trial).get(metric, 0.0)
+    predicted = trial.prediction.metrics.get(metric, 0.0) if trial.prediction else 0.0
+    spread = trial.prediction.log_stddev.get(metric) if trial.prediction else None
+    if spread is None or measured <= 0 or predicted <= 0:
+        return None
+    return abs(math.log(measured / predicted)) <= Z_90 * spread
 
 
 def error_metrics(report: StudyReport) -> tuple[str, ...]:
@@ -225,12 +244,15 @@ def _errors(report: StudyReport) -> RenderableType:
     table.add_column("metric")
     table.add_column("median error", justify="right")
     table.add_column("last half", justify="right")
+    table.add_column("in 90% interval", justify="right")
     table.add_column("trials", justify="right")
     for metric in error_metrics(report):
         known = [trial for trial in report.measured if relative_error(trial, metric) is not None]
         if known:
             overall, late = median_error(known, metric), median_error(known[len(known) // 2 :], metric)
-            table.add_row(metric, f"{overall:.0%}", f"{late:.0%}", str(len(known)))
+            inside = coverage(known, metric)
+            held = "-" if inside is None else f"{inside:.0%}"
+            table.add_row(metric, f"{overall:.0%}", f"{late:.0%}", held, str(len(known)))
     return table if table.row_count else Text("No predictions were made before measuring.")
 
 
@@ -273,9 +295,11 @@ def front_json(report: StudyReport) -> dict[str, Json]:
 def show_json(report: StudyReport) -> dict[str, Json]:
     """The study with every trial."""
     errors: dict[str, Json] = {metric: median_error(report.measured, metric) for metric in error_metrics(report)}
+    covered: dict[str, Json] = {metric: coverage(report.measured, metric) for metric in error_metrics(report)}
     return _overview(report) | {
         "best": {metric: trial.number for metric, trial in best(report).items()},
         "prediction_error": errors,
+        "interval_coverage": covered,
         "front": [trial.number for trial in report.front],
         "trials": [trial_json(trial, report) for trial in report.trials],
     }

@@ -31,6 +31,7 @@ from search_spaces.serving import Mode
 SHIPPED = Path(__file__).parent / "data" / "silicon_prior.json"
 FORMAT = 1
 METRICS = ("ttft", "tpot")
+_BAR = " | "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +114,8 @@ def precision_word(precision: Precision) -> str:
 class Occasion:
     """Loads of one subject and what the model predicts there; arrays of one shape.
 
-    `users` requests in flight on an attention rank (the mean where arrivals are open), mean `isl` and `osl` in tokens,
-    predicted mean latencies in ms.
+    `users` requests in flight on an attention rank (the mean where arrivals are open), `isl` and `osl` in tokens as a
+    benchmark names them (the longest where lengths are drawn from a range), predicted mean latencies in ms.
     """
 
     users: FloatArray
@@ -180,7 +181,7 @@ def lengths_word(who: Subject, isl: float, osl: float) -> str:
 
 
 def _joined(*words: str) -> str:
-    return " | ".join(words)
+    return _BAR.join(words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,21 +205,25 @@ class MetricPrior:
     def log_factor(self, who: Subject, at: Occasion) -> FloatArray:
         """Natural logarithm of the correction."""
         words = group_words(who)
-        total = np.zeros_like(at.isl)
+        sums = dict.fromkeys(BASES, 0.0)
         for level, slopes in self.effects.items():
             for name, groups in slopes.items():
-                effect = (
-                    self._by_lengths(groups, who, at) if level == LENGTHS else groups.get(words.get(level, ""), 0.0)
-                )
-                if np.any(effect):
-                    total = total + effect * basis(name, who, at)
+                sums[name] += groups.get(words.get(level, ""), 0.0)
+        total = np.full_like(at.isl, sums.pop("offset")) + self._of_lengths(words["one"], at)
+        for name, slope in sums.items():
+            if slope:
+                total += slope * basis(name, who, at)
         return np.clip(total, self.lowest, self.highest)
 
-    @staticmethod
-    def _by_lengths(groups: Mapping[str, float], who: Subject, at: Occasion) -> FloatArray:
-        pairs, place = np.unique(np.stack([at.isl.ravel(), at.osl.ravel()]), axis=1, return_inverse=True)
-        values = [groups.get(lengths_word(who, isl, osl), 0.0) for isl, osl in pairs.T]
-        return np.array(values)[place.ravel()].reshape(at.isl.shape)
+    def _of_lengths(self, one: str, at: Occasion) -> FloatArray | float:
+        """Effects of the lengths at which the group `one` was measured."""
+        total: FloatArray | float = 0.0
+        for word, effect in self.effects.get(LENGTHS, {}).get("offset", {}).items():
+            group, _, lengths = word.rpartition(_BAR)
+            if group == one:
+                isl, osl = (float(length) for length in lengths.split("/"))
+                total = total + effect * ((at.isl == isl) & (at.osl == osl))
+        return total
 
     def log_sd(self, who: Subject) -> float:
         """Standard deviation of the logarithm of measured over corrected."""

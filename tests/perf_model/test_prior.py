@@ -237,7 +237,7 @@ def test_a_million_loads_take_seconds() -> None:
     at = occasions(np.linspace(1, 512, 1_000_000))
     started = perf_counter()
     prior.apply(who, at)
-    assert perf_counter() - started < 5.0
+    assert perf_counter() - started < 2.0
 
 
 def test_words_tell_models_and_formats_apart() -> None:

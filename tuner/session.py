@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 
+from search_spaces.errors import InvalidValueError
 from search_spaces.hardware import Device, DeviceKind
 from search_spaces.problem import Problem
 from search_spaces.rules import infeasibility
@@ -95,12 +96,20 @@ def _run(
 
 def lease_times() -> LeaseTimes:
     """How long a lease lives without a heartbeat: the variable TUNER_LEASE_EXPIRY_S, 60 s by default."""
-    return times_for(float(os.environ.get(LEASE_EXPIRY_VARIABLE, "60")))
+    return times_for(_seconds(LEASE_EXPIRY_VARIABLE, 60.0))
 
 
 def lease_wait_s() -> float:
     """How long to wait for the lease of another coordinator: the variable TUNER_LEASE_WAIT_S, not at all by default."""
-    return float(os.environ.get(LEASE_WAIT_VARIABLE, "0"))
+    return _seconds(LEASE_WAIT_VARIABLE, 0.0)
+
+
+def _seconds(variable: str, default: float) -> float:
+    text = os.environ.get(variable, f"{default:g}")
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InvalidValueError(f"{variable}={text!r} is no number of seconds; set such as {default:g}") from error
 
 
 def check_same_question(file: StudyFile, stored: str, observer: Observer) -> None:

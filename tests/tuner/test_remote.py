@@ -235,3 +235,9 @@ def test_a_password_in_a_wrong_url_is_not_repeated(invoke: Invoke, wrong: str) -
     ):
         assert done.code == 2
         assert "hush" not in done.err + done.out
+
+
+def test_a_wrong_expiry_is_told(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNER_LEASE_EXPIRY_S", "soon")
+    done = invoke("study", "run", "study.yaml")
+    assert (done.code, "TUNER_LEASE_EXPIRY_S='soon' is no number of seconds; set such as 60" in done.err) == (2, True)

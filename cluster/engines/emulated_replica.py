@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,6 +152,7 @@ class Replica:
         ]
         self._clock_of = {rank: clock for clock in self._clocks for rank in clock.ranks}
         self._jobs: dict[Sequence, _Job] = {}
+        self._assigned: Counter[Scheduler] = Counter()
         self._slots: dict[int, tuple[Scheduler, Sequence]] = {}
         self._sending, self._receiving = Link(), Link()
         self._freed = asyncio.Event()
@@ -205,6 +207,7 @@ class Replica:
     async def _compute(self, job: _Job) -> None:
         """Wait until every token of `job` has been told; a client that leaves takes it off its rank."""
         self._jobs[job.sequence] = job
+        self._assigned[job.rank] += 1
         try:
             if job.stream:
                 job.reply.begin()
@@ -218,6 +221,7 @@ class Replica:
             raise
         finally:
             del self._jobs[job.sequence]
+            self._assigned[job.rank] -= 1
 
     def _sequence(self, asked: CompletionRequest) -> tuple[Scheduler, Sequence]:
         """The request as its rank will see it; one in a slot goes on from what was restored there."""
@@ -235,7 +239,7 @@ class Replica:
             keeps_cache=asked.id_slot is not None and self._spec.role == "prefill",
         )
         if kept is None:
-            return min(self._ranks, key=lambda rank: rank.load), sequence
+            return min(self._ranks, key=lambda rank: self._assigned[rank]), sequence
         rank, restored = kept
         if self._spec.role == "prefill":
             rank.release(restored)
@@ -352,7 +356,7 @@ class Replica:
         if not self._ranks[0].holds(tokens):
             raise RefusedError(400, f"a KV cache of {tokens} tokens is larger than that of a whole rank")
         while True:
-            for rank in sorted(self._ranks, key=lambda rank: (rank.load, rank.used_share)):
+            for rank in sorted(self._ranks, key=lambda rank: (self._assigned[rank], rank.used_share)):
                 if rank.reserve(sequence, tokens):
                     return rank
             await self._freed.wait()

@@ -10,16 +10,25 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from sqlalchemy import URL, Engine, event, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    IntegrityError,
+    NoSuchModuleError,
+    OperationalError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 
 from studies.errors import StorageError, StorageLostError
 from studies.fence import Fence, FencedJournal, fence_database
@@ -32,6 +41,7 @@ from studies.redaction import redacted
 JOURNAL_PREFIX = "journal://"
 JOURNAL_SUFFIXES = (".journal", ".log")
 SQLITE_WAIT_S = 60
+OPEN_TRIES = 20
 _SECRET_KEYS = re.compile(r"(password|passwd|pwd|secret|token)", re.IGNORECASE)
 _DRIVERS = {
     "postgresql": "install it with: pip install 'tuner[postgresql]'",
@@ -127,7 +137,7 @@ def _open_database(url: str) -> Storage:
     kwargs = {"connect_args": {"timeout": SQLITE_WAIT_S}} if is_sqlite else {"pool_pre_ping": True}
     template_safe = url.replace("{", "{{").replace("}", "}}")  # Optuna formats the URL; a password may hold braces
     try:
-        database = RDBStorage(template_safe, engine_kwargs=kwargs)
+        database = _make_database(template_safe, kwargs)
     except ImportError as error:
         raise StorageError(f"no driver for storage {shown}; {_driver_remedy(parsed)}") from error
     except (SQLAlchemyError, RuntimeError, optuna.exceptions.OptunaError) as error:
@@ -140,6 +150,20 @@ def _open_database(url: str) -> Storage:
     fence = Fence()
     fence_database(database.engine, fence)
     return Storage(url=shown, dashboard_url=url, backend=get_storage(database), fence=fence)
+
+
+def _make_database(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
+    """Optuna's storage; where several processes make its tables at once, all but one have to look again."""
+    for _ in range(OPEN_TRIES - 1):
+        try:
+            return RDBStorage(url, engine_kwargs=engine_kwargs)
+        except IntegrityError:
+            time.sleep(0.1)
+        except (OperationalError, ProgrammingError) as error:
+            if "already exists" not in str(error):
+                raise
+            time.sleep(0.1)
+    return RDBStorage(url, engine_kwargs=engine_kwargs)
 
 
 def _require_local(path: Path) -> None:

@@ -27,6 +27,7 @@ from tests.support.coordinators import (
     context,
     hold,
     leave_dead_holder,
+    open_at_once,
     process,
     race,
 )
@@ -53,6 +54,15 @@ class LeaseContract:
             losers = [text for name, pid, text in told if name == study and not pid]
             assert len(winners) == 1
             assert all(f"is run by process {winners[0]} on host" in text for text in losers)
+
+    def test_processes_may_open_a_new_storage_at_once(self, url: str) -> None:
+        line, results = context().Barrier(6), context().Queue()
+        runners = [context().Process(target=open_at_once, args=(url, line, results)) for _ in range(6)]
+        for runner in runners:
+            runner.start()
+        assert [results.get(timeout=120) for _ in runners] == [""] * 6
+        for runner in runners:
+            runner.join(60)
 
     def test_a_killed_holder_is_followed_at_once_and_a_living_one_never(self, url: str) -> None:
         storage = open_storage(url)

@@ -13,7 +13,7 @@ from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
 
 from studies.coordinator import this_coordinator
-from studies.errors import LeaseLostError, StudyBusyError
+from studies.errors import LeaseLostError, StorageError, StudyBusyError
 from studies.lease import LeaseTimes, take_lease
 from studies.lease_record import LeaseRecord
 from studies.storage import open_lease_book, open_storage
@@ -71,6 +71,17 @@ def race(url: str, studies: list[str], line: Barrier, results: Queue[tuple[str, 
         line.wait(60)
         if lease is not None:
             lease.release()
+
+
+def open_at_once(url: str, line: Barrier, results: Queue[str]) -> None:
+    """Open a storage that nobody has made yet, at the same moment as others; tell what was wrong, if anything."""
+    line.wait(60)
+    try:
+        open_storage(url)
+    except StorageError as error:
+        results.put(str(error))
+    else:
+        results.put("")
 
 
 def hold(url: str, study: str, held: Event) -> None:

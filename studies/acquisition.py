@@ -33,6 +33,9 @@ COARSE_SAMPLES, FINE_SAMPLES, FINE_CANDIDATES = 16, 128, 256
 REFERENCE_MARGIN = 0.1
 """The reference point lies this share of the front's range beyond its nadir (Ishibuchi et al., 2018)."""
 
+NO_GAIN, WIDEST = 1e-9, 16.0
+"""An expected improvement up to this is none; how far standard deviations are widened in search of one."""
+
 _CHUNK = 1 << 17
 
 
@@ -234,6 +237,23 @@ class Choice:
     widened: float = 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """The candidates `rows` (c,) that were looked at closely, best expected improvement per second first.
+
+    `gains` (c,) are their expected improvements. `widened` as in `Choice`.
+    """
+
+    rows: IntArray
+    gains: FloatArray
+    widened: float
+
+    @property
+    def best(self) -> Choice:
+        """The first of them."""
+        return Choice(row=int(self.rows[0]), improvement=float(self.gains[0]), widened=self.widened)
+
+
 def choose_batch(
     beliefs: Beliefs,
     question: Question,
@@ -256,9 +276,10 @@ def choose_batch(
         rows = np.flatnonzero(open_rows) if shortlist is None else shortlist[open_rows[shortlist]]
         if len(rows) == 0:
             shortlist, rows = None, np.flatnonzero(open_rows)
-        choice, ranked = _best(state, asked, rows)
+        ranking = rank(state, asked, rows)
+        choice = ranking.best
         # Gains only shrink as the front grows, so that later choices are found among the best of the first ranking.
-        shortlist = ranked if shortlist is None else shortlist
+        shortlist = ranking.rows if shortlist is None else shortlist
         choices.append(choice)
         open_rows[choice.row] = False
         if len(choices) < size:
@@ -266,23 +287,22 @@ def choose_batch(
     return tuple(choices)
 
 
-def _best(beliefs: Beliefs, question: Question, rows: IntArray) -> tuple[Choice, IntArray]:
-    """The best of `rows` and the rows that were looked at closely, best first."""
+def rank(beliefs: Beliefs, question: Question, rows: IntArray | None = None) -> Ranking:
+    """Rank candidates `rows` (all of them unless given), at least one, by expected improvement per second."""
+    asked = np.arange(len(beliefs.mean)) if rows is None else rows
     boxes, widened = _boxes(question), 1.0
     while True:
         wide = replace(beliefs, stddev=beliefs.stddev * widened)
-        close = rows
-        if len(rows) > FINE_CANDIDATES:
+        close = asked
+        if len(asked) > FINE_CANDIDATES:
             # Single precision is enough to choose whom to look at closely, in half the time.
-            coarse = _expected_improvement(wide, question, boxes, rows, COARSE_SAMPLES, single=True)
-            coarse = coarse / wide.seconds[rows]
-            close = rows[np.argsort(-coarse, kind="stable")[:FINE_CANDIDATES]]
+            coarse = _expected_improvement(wide, question, boxes, asked, COARSE_SAMPLES, single=True)
+            coarse = coarse / wide.seconds[asked]
+            close = asked[np.argsort(-coarse, kind="stable")[:FINE_CANDIDATES]]
         gains = _expected_improvement(wide, question, boxes, close, FINE_SAMPLES)
         order = np.argsort(-gains / wide.seconds[close], kind="stable")
-        best = order[0]
-        if gains[best] > 1e-9 or widened >= 16:
-            choice = Choice(row=int(close[best]), improvement=float(gains[best]), widened=widened)
-            return choice, close[order]
+        if gains[order[0]] > NO_GAIN or widened >= WIDEST:
+            return Ranking(rows=close[order], gains=gains[order], widened=widened)
         widened *= 2
 
 

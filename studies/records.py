@@ -2,7 +2,8 @@
 
 User attributes (JSON) of schema version 1:
 
-- `proposal`: schema, candidate and its key, origin, prediction made before measuring, attempt, losses, retry_of, lease;
+- `proposal`: schema, candidate and its key, origin, prediction made before measuring, attempt, losses, retry_of, lease,
+  expected_gain;
 - `status`: one of `TrialStatus`, for people who read the storage with other tools;
 - `outcome`: the measurement or failure, with the ids of its artefacts. Writing it is the point of no return of `tell`:
   a coordinator that dies later finds it and finishes the trial, one that dies earlier leaves nothing to finish;
@@ -57,7 +58,8 @@ class Plan:
 
     `attempt` counts the tries after faults of the infrastructure, from 1; `losses` how often its coordinator died.
     `retry_of` is the number of the trial that it repeats. `lease` is the id of the lease under which it is measured,
-    None while it waits.
+    None while it waits. `expected_gain` is what the screen expected of its best candidate: growth of the hypervolume,
+    relative to what is held; None where it did not choose by that.
     """
 
     candidate: Candidate
@@ -68,6 +70,7 @@ class Plan:
     losses: int = 0
     retry_of: int | None = None
     lease: str | None = None
+    expected_gain: float | None = None
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -107,6 +110,7 @@ class TrialRecord:
     losses: int = 0
     retry_of: int | None = None
     lease: str | None = None
+    expected_gain: float | None = None
     artifact_ids: Mapping[str, str] = field(default_factory=dict)
     started_at: datetime | None = None
     ended_at: datetime | None = None
@@ -182,6 +186,7 @@ def decode_trial(trial: FrozenTrial) -> TrialRecord:
         losses=plan.losses if plan else 0,
         retry_of=plan.retry_of if plan else None,
         lease=plan.lease if plan else None,
+        expected_gain=plan.expected_gain if plan else None,
         artifact_ids=ids,
         started_at=trial.datetime_start,
         ended_at=trial.datetime_complete,

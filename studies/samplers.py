@@ -1,29 +1,49 @@
-"""NSGA-II, named explicitly, whose children the model screens."""
+"""The samplers of Optuna, whose suggestions the model screens: NSGA-II (the default), TPE, GP and random.
+
+NSGA-II must know the generation of every trial, so that its children are bred inside Optuna's own `ask`. The others are
+asked for suggestions, and what the screen chooses is queued with its parameters.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from importlib.util import find_spec
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.samplers import NSGAIISampler
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.samplers._lazy_random_state import LazyRandomState
 from optuna.samplers.nsgaii import UniformCrossover
 from optuna.samplers.nsgaii._child_generation_strategy import NSGAIIChildGenerationStrategy
 from optuna.samplers.nsgaii._elite_population_selection_strategy import NSGAIIElitePopulationSelectionStrategy
+from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
+from search_spaces.errors import TunerError
 from search_spaces.serving import Candidate, OptionValue
 from search_spaces.space import Space
 from studies.screen import Choice, Request, Screen
 
 CHILDREN = 64
+SUGGESTIONS = {"tpe": 8, "gp": 1}
+"""Suggestions asked of a sampler for one proposal: each costs TPE some ten milliseconds, GP seconds."""
+
 LARGEST_POPULATION = 50
 SMALLEST_POPULATION = 4
 PER_TRIAL_IN_FLIGHT = 6
+
+
+class SamplerKind(StrEnum):
+    """Samplers that a study may name."""
+
+    NSGA2 = "nsga2"
+    TPE = "tpe"
+    GP = "gp"
+    RANDOM = "random"
 
 
 def population_size(budget_trials: int, in_flight: int) -> int:
@@ -112,3 +132,42 @@ class ScreenedBreeding:
         """Decode `child`; a mutated parameter is absent from it and is drawn anew."""
         genotype = {p.name: child[p.name] if p.name in child else choose(p.choices) for p in self._space.parameters}
         return self._space.decode(genotype)
+
+
+def suggestions(kind: SamplerKind, study: optuna.Study, space: Space, seed: int) -> list[Candidate]:
+    """Candidates that a sampler of `kind` suggests after the finished trials of `study`, where nothing is written.
+
+    The sampler is asked on a copy in memory. Raises `TunerError` for one whose package is missing.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    copy = optuna.create_study(
+        storage=InMemoryStorage(), sampler=_optuna_sampler(kind, seed), directions=study.directions
+    )
+    copy.add_trials(study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE,)))
+    return [_suggestion(copy.ask(), space) for _ in range(SUGGESTIONS.get(kind, CHILDREN))]
+
+
+def _suggestion(trial: optuna.Trial, space: Space) -> Candidate:
+    genotype: dict[str, OptionValue] = {}
+    for parameter in space.parameters:
+        trial.suggest_categorical(parameter.name, parameter.choices)
+        genotype[parameter.name] = trial.params[parameter.name]
+    return space.decode(genotype)
+
+
+def require_sampler(kind: SamplerKind) -> None:
+    """Raise `TunerError` where a package that `kind` needs is missing."""
+    if kind is SamplerKind.GP and find_spec("torch") is None:
+        raise TunerError(
+            "sampler gp needs the package torch; install it with: pip install torch, "
+            "or choose sampler: nsga2, tpe or random"
+        )
+
+
+def _optuna_sampler(kind: SamplerKind, seed: int) -> BaseSampler:
+    require_sampler(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if kind is SamplerKind.TPE:
+            return TPESampler(seed=seed, multivariate=True, constant_liar=True)
+        return GPSampler(seed=seed) if kind is SamplerKind.GP else RandomSampler(seed)

@@ -5,32 +5,30 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
-import moocore
-import numpy as np
-
 from search_spaces.errors import require
-from search_spaces.metrics import Direction
 from search_spaces.outcome import Prediction
 from search_spaces.problem import Problem
 from search_spaces.rules import infeasibility
-from search_spaces.serving import Candidate, Mode, ServingConfig
+from search_spaces.serving import Candidate, ServingConfig
 from search_spaces.space import Space
 from studies.errors import SpaceExhausted
-from studies.pareto import Points
+from studies.pareto import front
 from studies.predictions import PredictionLog, Rejected
 from studies.records import Origin, TrialRecord
-from studies.scoring import Score, Scorer
+from studies.worth import Appraiser, Option, Worth
 
 Predict = Callable[[Sequence[Candidate]], list[Prediction]]
 
-SEED_POOL = 256
+SAMPLED, INCUMBENTS, REFINED = 128, 8, 6
+"""Random candidates of a proposal; members of the front, and the model's favourites, whose neighbours are looked at."""
+
 UNSCREENED_EVERY = 10
-MINIMUM_FEASIBILITY = 0.1
+HOPELESS = 0.1
+"""Even an unscreened proposal starts and holds with this probability."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,19 +51,17 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What the screen chose."""
+    """What the screen chose.
+
+    `expected_gain` is the largest expected growth of the hypervolume that it saw, relative to what is held; None where
+    it did not choose by that.
+    """
 
     candidate: Candidate
     key: str
     origin: Origin
     prediction: Prediction | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Option:
-    candidate: Candidate
-    key: str
-    prediction: Prediction
+    expected_gain: float | None = None
 
 
 class Screen:
@@ -110,42 +106,44 @@ class Screen:
                 "widen the space or lower the budget"
             )
 
-    def choose_seed(self, request: Request) -> Choice:
-        """A candidate of the first generation: near the predicted front, far from what was tried, modes in turn."""
-        rng = self.rng(request.number)
-        fresh = self._fresh([self._space.sample(rng) for _ in range(SEED_POOL)], request)
-        if self._predict is None or request.is_unscreened:
-            return self._unscreened(fresh, request)
-        options = self._runnable(fresh, request)
-        if not options:
-            return self._unscreened({}, request)
-        chosen = self._most_diverse(self._least_tried_group(options, request), request)
-        self._reject(request, [o for o in options if o is not chosen], "not in the seed design")
-        return Choice(candidate=chosen.candidate, key=chosen.key, origin=Origin.SEED, prediction=chosen.prediction)
+    def choose(self, suggested: Sequence[Candidate], request: Request) -> Choice:
+        """The candidate most worth measuring: of `suggested`, and of those that the screen itself thinks of.
 
-    def choose(self, children: Sequence[Candidate], request: Request) -> Choice:
-        """The best of `children`, warm candidates and, where too few are new, random ones."""
-        fresh = self._fresh(children, request)
+        Those are warm deployments under other loads, neighbours of the front, a random sample, and neighbours of what
+        the model likes best of all these.
+        """
+        appraiser = Appraiser(self._problem, request.trials, self.numpy_seed(request.number))
         if self._predict is None or request.is_unscreened:
-            return self._unscreened(fresh, request)
-        warm_keys = {config.key for config in request.warm}
-        fresh |= self._fresh(self._warm_candidates(request, warm_keys), request)
-        options = self._runnable(fresh, request) or self._runnable(self._random(request), request)
+            return self._unscreened(self._holding(self._fresh(suggested, request), appraiser), request)
+        pool = [*suggested, *self._warm_candidates(request), *self._around_front(request), *self._sample(request)]
+        options = self._options(self._fresh(pool, request), request)
         if not options:
             return self._unscreened({}, request)
-        is_warm = [option.candidate.config.key in warm_keys for option in options]
-        scorer = Scorer(self._problem, request.trials)
-        scores = scorer.score([o.candidate for o in options], [o.prediction for o in options], is_warm)
-        best = max(range(len(options)), key=lambda i: scores[i].rank_key)
-        rest = [i for i in range(len(options)) if i != best]
-        self._reject(request, [options[i] for i in rest], "outscored", [scores[i] for i in rest])
-        chosen = options[best]
-        origin = Origin.WARM if is_warm[best] else Origin.SCREENED
-        return Choice(candidate=chosen.candidate, key=chosen.key, origin=origin, prediction=chosen.prediction)
+        best = appraiser.appraise(options).order[:REFINED]
+        near = [other for index in best for other in self._space.neighbours(options[index].candidate)]
+        known = {option.key for option in options}
+        options += self._options(self._fresh(near, request, known), request)
+        return self._decide(options, appraiser.appraise(options), request)
+
+    def _decide(self, options: Sequence[Option], worth: Worth, request: Request) -> Choice:
+        """Choose the first of `worth` and write down the others."""
+        rates = dict(zip(worth.order.tolist(), worth.rates.tolist(), strict=True))
+        chosen = options[worth.order[0]]
+        for index, option in enumerate(options):
+            if option is not chosen:
+                rejected = self._rejected(request, option.candidate, option.key, "outscored")
+                self._log.add(replace(rejected, metrics=option.prediction.metrics, score=rates.get(index)))
+        return Choice(
+            candidate=chosen.candidate,
+            key=chosen.key,
+            origin=Origin.WARM if chosen.is_warm else Origin.SCREENED,
+            prediction=chosen.prediction,
+            expected_gain=worth.gain,
+        )
 
     def _unscreened(self, fresh: dict[str, Candidate], request: Request) -> Choice:
         """The first new candidate, whatever the model says of it; any untried one where there is none."""
-        pool = fresh or self._random(request)
+        pool = fresh or self._fresh(self._sample(request), request)
         found = next(iter(pool.items()), None) or self._next_untried(request.tried)
         if found is None:
             raise SpaceExhausted("every candidate of the space has been tried or cannot run")
@@ -153,25 +151,37 @@ class Screen:
         prediction = self.predict_one(candidate)
         return Choice(candidate=candidate, key=key, origin=Origin.UNSCREENED, prediction=prediction)
 
-    def _random(self, request: Request) -> dict[str, Candidate]:
+    def _holding(self, fresh: dict[str, Candidate], appraiser: Appraiser) -> dict[str, Candidate]:
+        """Those of `fresh` that what failed so far does not speak against."""
+        if not fresh:
+            return fresh
+        chances = appraiser.holds(list(fresh.values()))
+        return {key: c for (key, c), chance in zip(fresh.items(), chances, strict=True) if chance >= HOPELESS}
+
+    def _sample(self, request: Request) -> list[Candidate]:
         rng = self.rng(request.number)
-        return self._fresh([self._space.sample(rng) for _ in range(SEED_POOL)], request)
+        return [self._space.sample(rng) for _ in range(SAMPLED)]
 
-    def _warm_candidates(self, request: Request, warm_keys: AbstractSet[str]) -> list[Candidate]:
+    def _around_front(self, request: Request) -> list[Candidate]:
+        """Neighbours of the front's members, those of the last ones where there are too many."""
+        directions = [objective.direction for objective in self._problem.objectives]
+        members = sorted(front(request.trials, directions), key=lambda trial: trial.number)[-INCUMBENTS:]
+        return [other for trial in members if trial.candidate for other in self._space.neighbours(trial.candidate)]
+
+    def _warm_candidates(self, request: Request) -> list[Candidate]:
         """The deployments that are up, under every load of the space."""
-        known = {
-            trial.candidate.config.key: trial.candidate
-            for trial in request.trials
-            if trial.candidate is not None and trial.candidate.config in request.warm
-        }
-        return [other for key in warm_keys & set(known) for other in self._space.same_config(known[key])]
+        known = {t.candidate.config: t.candidate for t in request.trials if t.candidate is not None}
+        up = [known[config] for config in request.warm if config in known]
+        return [other for candidate in up for other in (candidate, *self._space.same_config(candidate))]
 
-    def _fresh(self, candidates: Sequence[Candidate], request: Request) -> dict[str, Candidate]:
-        """The distinct `candidates` by key that were not tried and that no rule forbids."""
+    def _fresh(
+        self, candidates: Sequence[Candidate], request: Request, known: AbstractSet[str] = frozenset()
+    ) -> dict[str, Candidate]:
+        """The distinct `candidates` by key that are not `known`, were not tried and that no rule forbids."""
         fresh: dict[str, Candidate] = {}
-        for candidate in candidates:
+        for candidate in dict.fromkeys(candidates):
             key = candidate.key
-            if key in request.tried or key in fresh:
+            if key in request.tried or key in fresh or key in known:
                 continue
             reason = infeasibility(candidate, self._problem)
             if reason is None:
@@ -180,7 +190,7 @@ class Screen:
                 self._log.add(self._rejected(request, candidate, key, f"infeasible: {reason}"))
         return fresh
 
-    def _runnable(self, fresh: dict[str, Candidate], request: Request) -> list[_Option]:
+    def _options(self, fresh: dict[str, Candidate], request: Request) -> list[Option]:
         """Those of `fresh` that the model expects to run."""
         if not fresh or self._predict is None:
             return []
@@ -189,37 +199,11 @@ class Screen:
         options = []
         for (key, candidate), prediction in zip(fresh.items(), predictions, strict=True):
             if prediction.infeasible is None:
-                options.append(_Option(candidate=candidate, key=key, prediction=prediction))
+                is_warm = candidate.config in request.warm
+                options.append(Option(candidate=candidate, key=key, prediction=prediction, is_warm=is_warm))
             else:
                 self._log.add(self._rejected(request, candidate, key, f"predicted: {prediction.infeasible}"))
         return options
-
-    def _least_tried_group(self, options: list[_Option], request: Request) -> list[_Option]:
-        """The options of the engine and serving mode that was proposed least so far."""
-        counts = Counter(_group(trial.candidate) for trial in request.trials if trial.candidate is not None)
-        fewest = min(counts[_group(option.candidate)] for option in options)
-        return [option for option in options if counts[_group(option.candidate)] == fewest]
-
-    def _most_diverse(self, options: list[_Option], request: Request) -> _Option:
-        """Of the better half by predicted rank, the one whose predicted point is farthest from those tried."""
-        scorer = Scorer(self._problem, request.trials)
-        feasibility = np.array([scorer.feasibility(option.prediction) for option in options])
-        hopeful = [i for i in np.argsort(-feasibility) if feasibility[i] >= MINIMUM_FEASIBILITY]
-        hopeful = hopeful or list(np.argsort(-feasibility)[:1])
-        points = scorer.points([options[i].prediction for i in hopeful])
-        maximise = [objective.direction is Direction.MAXIMIZE for objective in self._problem.objectives]
-        ranks = moocore.pareto_rank(points, maximise=maximise)
-        better = np.flatnonzero(ranks <= np.median(ranks))
-        tried = [t.prediction for t in request.trials if t.prediction is not None and t.prediction.infeasible is None]
-        farthest = _farthest(points[better], scorer.points(tried))
-        return options[int(hopeful[int(better[farthest])])]
-
-    def _reject(
-        self, request: Request, options: list[_Option], reason: str, scores: Sequence[Score | None] | None = None
-    ) -> None:
-        for option, score in zip(options, scores or [None] * len(options), strict=True):
-            rejected = self._rejected(request, option.candidate, option.key, reason)
-            self._log.add(replace(rejected, metrics=option.prediction.metrics, score=score.rate if score else None))
 
     def _rejected(self, request: Request, candidate: Candidate, key: str, reason: str) -> Rejected:
         genotype = self._space.encode(candidate)
@@ -240,17 +224,3 @@ def all_candidates(space: Space) -> Iterator[Candidate]:
     names = [parameter.name for parameter in space.parameters]
     for values in itertools.product(*(parameter.choices for parameter in space.parameters)):
         yield space.decode(dict(zip(names, values, strict=True)))
-
-
-def _group(candidate: Candidate) -> tuple[str, Mode]:
-    return (candidate.config.engine, candidate.config.mode)
-
-
-def _farthest(points: Points, others: Points) -> int:
-    """Index of the point whose nearest neighbour among `others` is farthest, on normalised logarithmic axes."""
-    if len(others) == 0:
-        return 0
-    logs, other_logs = np.log(np.maximum(points, 1e-12)), np.log(np.maximum(others, 1e-12))
-    scale = np.maximum(np.ptp(np.vstack([logs, other_logs]), axis=0), 1e-12)
-    distances = np.linalg.norm((logs[:, None, :] - other_logs[None, :, :]) / scale, axis=2)
-    return int(distances.min(axis=1).argmax())

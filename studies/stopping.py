@@ -16,33 +16,52 @@ class StopReason(StrEnum):
 
     TRIALS = "the budget of trials is used"
     WALL_TIME = "the budget of wall time is used"
+    LITTLE_GAIN = "little more is expected to be gained"
     SPACE_EXHAUSTED = "every candidate has been measured"
     INFRASTRUCTURE = "too many faults of the infrastructure in a row"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Limits of a study: finished trials over its whole life, wall time of this run, lost trials in a row."""
+    """Limits of a study: finished trials over its whole life, wall time of this run, lost trials in a row.
+
+    `min_gain` ends the study when each of the last `patience` screened proposals came with a smaller expected growth of
+    the hypervolume, relative to what was held; None for no such limit.
+    """
 
     trials: int
     wall_s: float | None = None
+    min_gain: float | None = None
+    patience: int = 4
     lost_in_a_row: int = 10
 
     def __post_init__(self) -> None:
         require(self.trials >= 1, f"budget trials={self.trials} must be at least 1")
         require(self.wall_s is None or self.wall_s > 0, f"budget wall_s={self.wall_s} must be above 0")
+        require(self.min_gain is None or self.min_gain > 0, f"budget min_gain={self.min_gain} must be above 0")
+        require(self.patience >= 1, f"budget patience={self.patience} must be at least 1")
         require(self.lost_in_a_row >= 1, f"lost_in_a_row={self.lost_in_a_row} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a study is. `lost_in_a_row` counts the lost trials since the last finished one, by number."""
+    """How far a study is.
+
+    `lost_in_a_row` counts the lost trials since the last finished one, by number. `expected_gains` are those that the
+    screen stated, of finished trials by number (see `studies.records.Plan`).
+    """
 
     finished: int
     running: int
     waiting: int
     lost: int
     lost_in_a_row: int
+    expected_gains: tuple[float, ...] = ()
+
+    def little_gain(self, least: float, patience: int) -> bool:
+        """True where each of the last `patience` expected gains is below `least`, and there are so many."""
+        last = self.expected_gains[-patience:]
+        return len(last) == patience and all(gain < least for gain in last)
 
 
 def progress_of(trials: Sequence[TrialRecord]) -> Progress:
@@ -59,6 +78,7 @@ def progress_of(trials: Sequence[TrialRecord]) -> Progress:
         waiting=sum(trial.status is TrialStatus.WAITING for trial in trials),
         lost=sum(trial.status is TrialStatus.LOST for trial in trials),
         lost_in_a_row=in_a_row,
+        expected_gains=tuple(t.expected_gain for t in trials if t.is_finished and t.expected_gain is not None),
     )
 
 
@@ -74,6 +94,8 @@ def stop_reason(
         return StopReason.TRIALS
     if budget.wall_s is not None and elapsed_s >= budget.wall_s:
         return StopReason.WALL_TIME
+    if budget.min_gain is not None and progress.little_gain(budget.min_gain, budget.patience):
+        return StopReason.LITTLE_GAIN
     if progress.lost_in_a_row >= budget.lost_in_a_row:
         return StopReason.INFRASTRUCTURE
     if space_exhausted and progress.waiting == 0:

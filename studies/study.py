@@ -75,7 +75,14 @@ from studies.records import (
     encode_outcome,
     encode_plan,
 )
-from studies.samplers import ScreenedBreeding, make_sampler, population_size
+from studies.samplers import (
+    SamplerKind,
+    ScreenedBreeding,
+    make_sampler,
+    population_size,
+    require_sampler,
+    suggestions,
+)
 from studies.screen import Choice, Predict, Request, Screen
 from studies.stopping import Progress, progress_of
 from studies.storage import Storage
@@ -91,7 +98,7 @@ class StudySetup:
 
     `study_file` is the text of the resolved study file, stored with the study. `directory` receives `artifacts/` of
     all its studies and `predictions/<name>/`. `budget_trials` and `in_flight` (trials at once) set the population.
-    Without `predict` the search is plain NSGA-II. `seeds` are measured right after the defaults.
+    Without `predict` the search is what `sampler` does alone. `seeds` are measured right after the defaults.
     """
 
     name: str
@@ -104,8 +111,10 @@ class StudySetup:
     in_flight: int = 1
     predict: Predict | None = None
     seeds: tuple[Candidate, ...] = field(default=())
+    sampler: SamplerKind = SamplerKind.NSGA2
 
     def __post_init__(self) -> None:
+        require_sampler(self.sampler)
         require(bool(self.name.strip()), "the study has no name; give one")
         require(not set(self.name) & set("/\\\0"), f"study name {self.name!r} names a folder too; leave out / and \\")
         require(self.budget_trials >= 1, f"budget_trials={self.budget_trials} must be at least 1")
@@ -261,9 +270,16 @@ class Study:
         request = Request(number=len(trials), trials=trials, tried=tried, warm=tuple(warm))
         if not any(trial.status is TrialStatus.WAITING for trial in trials):
             self._screen.require_untried(tried, request.number)
-            if self._is_first_generation():
-                self._enqueue(_plan(self._screen.choose_seed(request)))
+            if self.setup.sampler is not SamplerKind.NSGA2 or self._is_first_generation():
+                self._enqueue(_plan(self._screen.choose(self._suggested(request), request)))
         return self._begin(request)
+
+    def _suggested(self, request: Request) -> list[Candidate]:
+        """What the sampler suggests; nothing for NSGA-II, whose children are bred from the second generation on."""
+        if self.setup.sampler is SamplerKind.NSGA2:
+            return []
+        seed = self._screen.numpy_seed(request.number)
+        return suggestions(self.setup.sampler, self._study, self.setup.space, seed)
 
     def _is_first_generation(self) -> bool:
         """True until Optuna has a full first generation to breed from."""
@@ -455,7 +471,13 @@ class Study:
 
 
 def _plan(choice: Choice) -> Plan:
-    return Plan(candidate=choice.candidate, key=choice.key, origin=choice.origin, prediction=choice.prediction)
+    return Plan(
+        candidate=choice.candidate,
+        key=choice.key,
+        origin=choice.origin,
+        prediction=choice.prediction,
+        expected_gain=choice.expected_gain,
+    )
 
 
 def _proposal(number: int, plan: Plan) -> Proposal:

@@ -16,6 +16,7 @@ from search_spaces.space import Space
 from studies.errors import StudyFileChangedError
 from studies.history import StudyHistory
 from studies.lease import Lease, LeaseTimes, take_lease, times_for
+from studies.samplers import SamplerKind
 from studies.stopping import StopReason, progress_of
 from studies.storage import Storage, faults_told, open_storage
 from studies.study import Study, StudySetup, create_study, open_study
@@ -189,6 +190,7 @@ def _setup(file: StudyFile, place: Place, stored: str, problem: Problem, model: 
         seed=file.seed,
         budget_trials=file.budget.trials,
         predict=model.predict,
+        sampler=SamplerKind(file.sampler),
     )
 
 

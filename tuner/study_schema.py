@@ -72,6 +72,15 @@ def _as_seconds(value: object) -> object:
     return sum(float(n) * _SECONDS[unit] for n, unit in re.findall(r"(\d+(?:\.\d+)?)\s*([smhd])", parts[1]))
 
 
+def _as_share(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    percent = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value)
+    if percent is None:
+        raise InvalidValueError(f"{value!r} is no share; write such as 0.5% or 0.005")
+    return float(percent[1]) / 100
+
+
 def _unique(values: list[object]) -> list[object]:
     repeated = sorted({str(v) for v in values if values.count(v) > 1})
     if repeated:
@@ -306,6 +315,12 @@ class BudgetSection(Section):
     wall_time: Annotated[Positive, BeforeValidator(_as_seconds)] | None = Field(
         default=None, description="duration, in seconds or such as 4m or 2h; none for no limit", examples=["4m"]
     )
+    min_gain: Annotated[float, Field(gt=0, lt=1), BeforeValidator(_as_share)] | None = Field(
+        default=None,
+        description="end when no proposal is expected to add this share to the hypervolume; none for no limit",
+        examples=["0.5%"],
+    )
+    patience: Count = Field(default=4, description="proposals in a row that must be below min_gain", examples=[4])
 
 
 class MeasurementSection(Section):
@@ -407,7 +422,9 @@ class StudyFile(Section):
     storage: Annotated[str, AfterValidator(_storage_url)] = Field(
         default=DEFAULT_STORAGE, description="any Optuna storage URL", examples=[DEFAULT_STORAGE]
     )
-    sampler: Literal["nsga2"] = Field(default="nsga2", description="how candidates are proposed", examples=["nsga2"])
+    sampler: Literal["nsga2", "tpe", "gp", "random"] = Field(
+        default="nsga2", description="sampler of Optuna whose suggestions are screened", examples=["nsga2"]
+    )
     seed: int = Field(default=0, ge=0, description="seed of every random choice", examples=[0])
 
     @model_validator(mode="after")

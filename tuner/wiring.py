@@ -145,7 +145,8 @@ def make_budget(study: StudyFile) -> Budget:
     """When `study` ends."""
     from studies.stopping import Budget  # loads Optuna
 
-    return Budget(trials=study.budget.trials, wall_s=study.budget.wall_time)
+    limits = study.budget
+    return Budget(trials=limits.trials, wall_s=limits.wall_time, min_gain=limits.min_gain, patience=limits.patience)
 
 
 def make_predictor(problem: Problem, study: StudyFile) -> CalibratedPredictor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import pandas as pd
 import pytest
 
 from search_spaces.metrics import METRICS
-from search_spaces.outcome import Prediction
+from search_spaces.outcome import Failure, FailureReason, Prediction
 from search_spaces.problem import Slo
 from search_spaces.rules import infeasibility
 from search_spaces.serving import Candidate, Mode
@@ -56,7 +55,7 @@ def sample(count: int, seed: int = 0) -> list[Candidate]:
     return [c for c in (SPACE.sample(rng) for _ in range(10 * count)) if infeasibility(c, PROBLEM) is None][:count]
 
 
-def test_the_best_predicted_child_is_chosen_and_the_rest_is_written_down(tmp_path: Path) -> None:
+def test_the_best_predicted_candidate_is_chosen_and_the_rest_is_written_down(tmp_path: Path) -> None:
     default = measured(0, SPACE.default())
     ordinary = sample(20)
     splendid = ordinary[7]
@@ -69,15 +68,20 @@ def test_the_best_predicted_child_is_chosen_and_the_rest_is_written_down(tmp_pat
     screen = Screen(PROBLEM, SPACE, 1, predict, log)
     choice = screen.choose(ordinary, request(12, [default]))
     assert (choice.candidate, choice.origin) == (splendid, Origin.SCREENED)
+    assert choice.expected_gain is not None
+    assert choice.expected_gain > 1.0, "many times what is held"
     log.flush()
     table = pd.read_parquet(tmp_path / "predictions")
-    assert len(table) == log.count == len({c.key for c in ordinary}) - 1
+    assert {c.key for c in ordinary} - {splendid.key} <= set(table["key"])
+    assert {c.key for c in SPACE.neighbours(SPACE.default())} & set(table["key"]), "it thinks of its own too"
+    assert len(table) == log.count == table["key"].nunique()
     assert set(table["trial"]) == {12}
-    assert set(table["reason"]) == {"outscored"}
-    assert (table["predicted_output_tokens_per_s"] == 1.0).all()
-    assert table["predicted_tpot_p50_ms"].isna().all()
+    outscored = table[table["reason"] == "outscored"]
+    assert (outscored["predicted_output_tokens_per_s"] == 1.0).all()
+    assert outscored["predicted_tpot_p50_ms"].isna().all()
+    assert (table.loc[table["reason"] != "outscored", "reason"].str.startswith("infeasible: ")).all()
     assert [column for column in table if column.startswith("predicted_")] == [f"predicted_{name}" for name in METRICS]
-    assert SPACE.decode(json.loads(table["genotype"][0])).key == table["key"][0]
+    assert SPACE.decode(json.loads(outscored["genotype"].iloc[0])).key == outscored["key"].iloc[0]
     assert PredictionLog(tmp_path / "predictions").count == log.count, "a resumed study counts on"
 
 
@@ -98,9 +102,12 @@ def test_tried_and_impossible_candidates_are_never_chosen(tmp_path: Path) -> Non
     rng = random.Random(3)
     drawn = [SPACE.sample(rng) for _ in range(100)]
     impossible = next(candidate for candidate in drawn if infeasibility(candidate, PROBLEM) is not None)
-    for predict in (None, biased_model()):
-        choice = make_screen(tmp_path, predict=predict).choose([impossible, *pool], request(12, tried))
-        assert choice.candidate == pool[9]
+    alone = make_screen(tmp_path).choose([impossible, *pool], request(12, tried))
+    assert alone.candidate == pool[9], "without a model the first that will do"
+    for number in range(20, 28):
+        choice = make_screen(tmp_path, predict=biased_model()).choose([impossible, *pool], request(number, tried))
+        assert infeasibility(choice.candidate, PROBLEM) is None
+        assert choice.key not in {trial.key for trial in tried}
 
 
 def test_candidates_that_the_model_rules_out_are_left_for_the_very_last(tmp_path: Path) -> None:
@@ -133,46 +140,82 @@ def test_a_warm_deployment_at_another_load_wins_where_starting_is_dear(tmp_path:
     cold = measure(up)
     trial = replace(measured(0, up), outcome=replace(cold, timings_s={"start": 60_000.0, "measure": 5.0}))
     screen = make_screen(tmp_path, predict=biased_model(1.0))
-    children = [child for child in sample(60) if child.config.mode is Mode.AGGREGATED and child.config != up.config]
-    choice = screen.choose(children, request(12, [trial], warm=(up.config,)))
+    choice = screen.choose(sample(60), request(12, [trial], warm=(up.config,)))
     assert choice.origin is Origin.WARM
     assert choice.candidate.config == up.config
     assert choice.candidate.load != up.load
-    assert screen.choose(children, request(12, [trial])).origin is Origin.SCREENED
+    assert screen.choose(sample(60), request(12, [trial])).origin is Origin.SCREENED
 
 
-def test_seeds_take_the_modes_in_turn_and_spread_over_the_predicted_front(tmp_path: Path) -> None:
-    predict = biased_model()
-    screen = make_screen(tmp_path, predict=predict)
-    trials = [measured(i, SPACE.default(mode), predict) for i, mode in enumerate(Mode)]
-    for number in range(2, 9):
-        choice = screen.choose_seed(request(number, trials))
-        assert choice.origin is Origin.SEED
-        trials.append(measured(number, choice.candidate, predict))
-    modes = Counter(trial.candidate.config.mode for trial in trials if trial.candidate)
-    assert abs(modes[Mode.AGGREGATED] - modes[Mode.DISAGGREGATED]) <= 1
-    rates = [surface(trial.candidate)[0] for trial in trials[2:] if trial.candidate]
-    assert max(rates) > 3 * min(rates)
+def failed(number: int, candidate: Candidate) -> TrialRecord:
+    outcome = Failure(reason=FailureReason.STARTUP_TIMEOUT, detail="no replica was ready", timings_s={"start": 60.0})
+    return replace(measured(number, candidate), status=TrialStatus.FAILED, outcome=outcome, values=None)
 
 
-def test_seeds_avoid_what_is_predicted_to_miss_its_slo(tmp_path: Path) -> None:
+def test_a_family_that_failed_every_time_is_not_proposed_again_and_again(tmp_path: Path) -> None:
+    """The model promises ten times the throughput of disaggregated serving, which never starts here."""
+
+    def promising(candidates: Sequence[Candidate]) -> list[Prediction]:
+        factors = [10.0 if c.config.mode is Mode.DISAGGREGATED else 1.0 for c in candidates]
+        return [
+            replace(p, metrics=p.metrics | {"output_tokens_per_s": p.metrics["output_tokens_per_s"] * factor})
+            for p, factor in zip(biased_model(1.0)(candidates), factors, strict=True)
+        ]
+
+    screen = make_screen(tmp_path, predict=promising)
+    trials = [measured(0, SPACE.default(Mode.AGGREGATED)), failed(1, SPACE.default(Mode.DISAGGREGATED))]
+    for number in range(2, 22):
+        candidate = screen.choose(sample(20, seed=number), request(number, trials)).candidate
+        is_broken = candidate.config.mode is Mode.DISAGGREGATED
+        trials.append(failed(number, candidate) if is_broken else measured(number, candidate))
+    failures = [trial.number for trial in trials if trial.status is TrialStatus.FAILED]
+    assert len(failures) >= 2, "one failure is not enough to give up what is promised ten times as good"
+    assert len(failures) <= 5
+    assert max(failures) < 16, "and not later either"
+
+
+def test_what_is_being_measured_is_taken_for_measured_as_predicted(tmp_path: Path) -> None:
+    screen = make_screen(tmp_path, predict=biased_model(1.0))
+    default = measured(0, SPACE.default())
+    first = screen.choose(sample(60), request(12, [default]))
+    assert first.prediction is not None
+    running = TrialRecord(
+        number=1,
+        status=TrialStatus.RUNNING,
+        candidate=first.candidate,
+        key=first.key,
+        origin=first.origin,
+        prediction=first.prediction,
+        outcome=None,
+        values=None,
+    )
+    second = screen.choose(sample(60), request(12, [default, running]))
+    assert second.key != first.key
+    gains = [choice.expected_gain for choice in (first, second)]
+    assert gains[0] is not None
+    assert gains[1] is not None
+    assert gains[1] < 0.8 * gains[0]
+
+
+def test_proposals_avoid_what_is_predicted_to_miss_its_slo(tmp_path: Path) -> None:
     problem = replace(PROBLEM, slos=(Slo(metric="ttft_p50_ms", threshold=15.0),))
     screen = make_screen(tmp_path, space=replace(SPACE, problem=problem), predict=biased_model(1.0))
     trials: list[TrialRecord] = []
     for number in range(2, 9):
-        choice = screen.choose_seed(request(number, trials))
-        trials.append(measured(number, choice.candidate, biased_model(1.0)))
+        choice = screen.choose([], request(number, trials))
+        missed = surface(choice.candidate)[1] / 15.0 - 1
+        trials.append(replace(measured(number, choice.candidate), violations={"ttft_p50_ms": missed}))
     waits = [surface(trial.candidate)[1] for trial in trials if trial.candidate]
     assert len(waits) == 7
-    assert max(waits) < 25.0
+    assert max(waits) < 20.0
 
 
 def test_choices_depend_on_seed_and_number_alone(tmp_path: Path) -> None:
     first, second = (make_screen(tmp_path, predict=biased_model()) for _ in range(2))
     default = [measured(0, SPACE.default())]
-    _ = first.choose_seed(request(2, default))
-    assert first.choose_seed(request(3, default)) == second.choose_seed(request(3, default))
-    assert first.choose_seed(request(3, default)) != first.choose_seed(request(4, default))
+    _ = first.choose([], request(2, default))
+    assert first.choose([], request(3, default)) == second.choose([], request(3, default))
+    assert first.choose([], request(3, default)) != first.choose([], request(4, default))
 
 
 def test_the_log_writes_a_file_when_its_buffer_is_full(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from search_spaces.errors import InvalidValueError
@@ -45,6 +47,33 @@ def test_reasons(state: Progress, elapsed_s: float, *, exhausted: bool, reason: 
     assert stop_reason(BUDGET, state, elapsed_s=elapsed_s, space_exhausted=exhausted) is reason
 
 
+@pytest.mark.parametrize(
+    ("gains", "ends"),
+    [
+        ((0.3, 0.004, 0.001), True),
+        ((0.001, 0.004, 0.3), False),
+        ((0.001, 0.02, 0.001), False),
+        ((0.001,), False),
+        ((), False),
+    ],
+)
+def test_little_expected_gain_ends_a_study_where_that_is_wanted(gains: tuple[float, ...], *, ends: bool) -> None:
+    state = replace(progress(finished=3), expected_gains=gains)
+    wanted = replace(BUDGET, min_gain=0.005, patience=2)
+    assert (stop_reason(wanted, state, elapsed_s=0.0) is StopReason.LITTLE_GAIN) is ends
+    assert stop_reason(BUDGET, state, elapsed_s=0.0) is None
+
+
+def test_progress_holds_the_gains_that_were_stated_of_finished_trials() -> None:
+    trials = [
+        replace(trial(0, TrialStatus.MEASURED), expected_gain=0.5),
+        trial(1, TrialStatus.MEASURED),
+        replace(trial(2, TrialStatus.FAILED), expected_gain=0.2),
+        replace(trial(3, TrialStatus.RUNNING), expected_gain=0.1),
+    ]
+    assert progress_of(trials).expected_gains == (0.5, 0.2)
+
+
 def test_progress_counts_lost_trials_in_a_row_but_not_those_of_a_dead_coordinator() -> None:
     lost = TrialStatus.LOST
     trials = [
@@ -64,3 +93,7 @@ def test_a_budget_has_limits() -> None:
         Budget(trials=0)
     with pytest.raises(InvalidValueError, match="wall_s=0"):
         Budget(trials=1, wall_s=0)
+    with pytest.raises(InvalidValueError, match="min_gain=0"):
+        Budget(trials=1, min_gain=0)
+    with pytest.raises(InvalidValueError, match="patience=0"):
+        Budget(trials=1, patience=0)

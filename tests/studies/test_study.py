@@ -6,6 +6,7 @@ import multiprocessing
 import statistics
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -14,17 +15,18 @@ import optuna
 import pytest
 from optuna.storages import InMemoryStorage
 
+from search_spaces.errors import TunerError
 from search_spaces.metrics import Percentiles
 from search_spaces.outcome import Failure, FailureReason
 from search_spaces.serving import Mode
 from studies.errors import StudyBusyError, StudyExistsError, StudyNotFoundError
 from studies.pareto import hypervolume, points_of
 from studies.records import Origin, Proposal, TrialRecord, TrialStatus
-from studies.samplers import population_size
+from studies.samplers import SamplerKind, population_size, suggestions
 from studies.screen import Predict
 from studies.storage import Storage, open_storage
 from studies.study import Study, create_study, open_study
-from tests.studies.toy import biased_model, measure, small_space, toy_problem, toy_setup, wide_space
+from tests.studies.toy import biased_model, measure, small_space, surface, toy_problem, toy_setup, wide_space
 
 SPACE = wide_space(toy_problem())
 
@@ -47,7 +49,7 @@ def test_the_default_of_every_mode_is_measured_first(tmp_path: Path, storage: St
     assert second.candidate == SPACE.default(Mode.DISAGGREGATED)
     assert third.candidate == user_seed
     assert [trial.origin for trial in (first, second, third)] == [Origin.DEFAULT, Origin.DEFAULT, Origin.SEED]
-    assert fourth.origin is Origin.SEED
+    assert fourth.origin is Origin.SCREENED
     study.close()
     assert len(open_study(storage, setup).trials()) == 4, "nothing is queued twice on resume"
 
@@ -92,6 +94,41 @@ def test_a_trial_costs_little_beside_its_measurement(tmp_path: Path) -> None:
         seconds.append(time.process_time() - begun)
     assert statistics.median(seconds[-15:]) < 0.5
     assert statistics.median(seconds[-15:]) < 2 * statistics.median(seconds[-30:-15])
+
+
+@pytest.mark.parametrize("sampler", [SamplerKind.TPE, SamplerKind.RANDOM])
+@pytest.mark.parametrize("predict", [None, biased_model()])
+def test_other_samplers_pass_the_same_screen(
+    tmp_path: Path, storage: Storage, sampler: SamplerKind, predict: Predict | None
+) -> None:
+    study = create_study(storage, toy_setup(tmp_path, space=SPACE, predict=predict, sampler=sampler, budget_trials=16))
+    trials = [tell(study, study.ask()) for _ in range(16)]
+    assert len({trial.key for trial in trials}) == 16
+    origins = {trial.origin for trial in trials[2:]}
+    assert origins == ({Origin.SCREENED, Origin.UNSCREENED} if predict else {Origin.UNSCREENED})
+
+
+def test_the_gp_sampler_says_what_it_needs(tmp_path: Path) -> None:
+    if find_spec("torch") is not None:
+        assert toy_setup(tmp_path, sampler=SamplerKind.GP).sampler is SamplerKind.GP
+        return
+    with pytest.raises(TunerError, match="needs the package torch; install it with: pip install torch"):
+        toy_setup(tmp_path, sampler=SamplerKind.GP)
+
+
+def test_tpe_learns_from_what_was_told(tmp_path: Path, storage: Storage) -> None:
+    """After 25 trials its suggestions are better on average than at the start, where they are random."""
+    study = create_study(storage, toy_setup(tmp_path, space=SPACE, sampler=SamplerKind.TPE, budget_trials=25))
+
+    def mean_rate() -> float:
+        found = [c for seed in range(4) for c in suggestions(SamplerKind.TPE, study._study, SPACE, seed)]
+        return statistics.mean(surface(candidate)[0] - 5 * surface(candidate)[1] for candidate in found)
+
+    at_first = mean_rate()
+    for _ in range(25):
+        tell(study, study.ask())
+    assert mean_rate() > at_first
+    assert len(study.trials()) == 25, "suggestions leave no trial behind"
 
 
 def test_population_grows_with_budget_and_with_trials_in_flight() -> None:

@@ -23,7 +23,7 @@ from studies.worth import Appraiser, Option, Worth
 
 Predict = Callable[[Sequence[Candidate]], list[Prediction]]
 
-SAMPLED, INCUMBENTS, REFINED = 128, 8, 6
+SAMPLED, INCUMBENTS, REFINED = 96, 6, 6
 """Random candidates of a proposal; members of the front, and the model's favourites, whose neighbours are looked at."""
 
 UNSCREENED_EVERY = 10

@@ -57,6 +57,24 @@ def test_the_prediction_error_is_relative_to_what_was_measured() -> None:
     assert report.median_error(found.trials[-1:], "ttft_p50_ms") is None
 
 
+def test_the_coverage_is_the_share_of_measurements_inside_their_interval() -> None:
+    """Predictions are half again what was measured: 1.645 standard deviations of 0.2465 away."""
+    found = a_report()
+    assert report.coverage(found.measured, "ttft_p50_ms") is None, "no interval was given"
+    spreads = [0.24, 0.25, *[1.0] * len(found.measured)]
+    stated = [
+        replace(t, prediction=replace(t.prediction, log_stddev={"ttft_p50_ms": spread}))
+        for t, spread in zip(found.measured, spreads, strict=False)
+        if t.prediction is not None
+    ]
+    assert report.coverage(stated[:1], "ttft_p50_ms") == 0.0
+    assert report.coverage(stated[1:2], "ttft_p50_ms") == 1.0
+    assert report.coverage(stated, "ttft_p50_ms") == 1 - 1 / len(stated)
+    shown = text_of(report.show(replace(found, trials=tuple(stated))))
+    assert "in 90% interval" in shown
+    assert f"{1 - 1 / len(stated):.0%}" in shown
+
+
 def test_json_is_json_and_complete() -> None:
     found = a_report()
     tree = json.loads(json.dumps(report.show_json(found), allow_nan=False))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tuner.study_errors import StudyFileError
 from tuner.study_file import differences, dump_study, load_study_file, parse_study, study_hash
 from tuner.study_schema import StudyFile
+from tuner.wiring import make_budget
 
 GOOD = """
 name: small
@@ -55,6 +56,7 @@ BAD = {
     "fraction of a trial": (changed("trials: 16", "trials: 1.5"), ["budget.trials", "1.5", "whole number"]),
     "no trials": (changed("trials: 16", "trials: 0"), ["budget.trials", "0 must be at least 1", "trials: 16"]),
     "duration": (changed("4m", "4 parsecs"), ["budget.wall_time", "'4 parsecs' is no duration", "90s, 4m, 2h"]),
+    "share": (changed("4m", "4m, min_gain: half"), ["budget.min_gain", "'half' is no share", "0.5% or 0.005"]),
     "no time": (changed("4m", "0s"), ["budget.wall_time", "must be above 0"]),
     "metric": (
         changed("slos: {ttft_p99_ms", "slos: {ttft_p9_ms"),
@@ -170,6 +172,8 @@ def test_a_model_file_is_sought_beside_the_study_file(tmp_path: Path) -> None:
     [
         ("budget.trials=3", lambda s: s.budget.trials == 3),
         ("budget.wall_time=1h30m", lambda s: s.budget.wall_time == 5400),
+        ("budget.min_gain=0.5%", lambda s: make_budget(s).min_gain == 0.005 and make_budget(s).patience == 4),
+        ("sampler=tpe", lambda s: s.sampler == "tpe"),
         ("workload.isl=64", lambda s: s.workload.isl.mean == 64),
         ("workload.osl.spread=0.5", lambda s: s.workload.osl.spread == 0.5 and s.workload.osl.mean == 32),
         ("objectives=[tpot_p50_ms, ttft_p50_ms]", lambda s: s.objectives == ["tpot_p50_ms", "ttft_p50_ms"]),

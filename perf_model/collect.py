@@ -241,7 +241,11 @@ def _identity(row: Mapping[str, object], like: Shape) -> tuple[object, ...]:
 
 def measure(bench: Bench, shape: Shape, seconds: float) -> float:
     """Median milliseconds of the kernel of `shape`; measured again, at most `TRIES` times, while repeats scatter."""
-    call = bench.gemm(shape) if isinstance(shape, GemmShape) else bench.attention(shape)
+    return timed(bench, bench.gemm(shape) if isinstance(shape, GemmShape) else bench.attention(shape), seconds)
+
+
+def timed(bench: Bench, call: Callable[[], object], seconds: float) -> float:
+    """Median milliseconds of `call`; measured again, at most `TRIES` times, while repeats scatter."""
     for _ in range(WARM_UPS):
         call()
     bench.wait()

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 import numpy as np
 
-from perf_model.batch import step_batch
+from perf_model.batch import StepBatch, step_batch
+from perf_model.curves import Origin
 from perf_model.disaggregated import PairLoad, disaggregated
 from perf_model.embedded import ACTIVATION_BYTES, KV_BYTES, EmbeddedSteps
-from perf_model.engine_traits import EngineTraits, engine_traits
+from perf_model.engine_traits import engine_traits
 from perf_model.groups import GroupAnswer, burst_share, option
 from perf_model.memory import MemoryNeed
 from perf_model.numeric import FloatArray, floats
 from perf_model.serving import RankLoad, aggregated
+from perf_model.step_tables import MeasuredNode, MeasuredSteps
 from search_spaces.problem import Problem
 from search_spaces.serving import Candidate, Mode, Pool, Role
+from search_spaces.workload import Workload
 
 
 class EmbeddedGroups:
     """Answers groups of candidates of `problem` on the embedded engine."""
 
-    def __init__(self, problem: Problem, run_requests: float) -> None:
+    def __init__(
+        self, problem: Problem, run_requests: float, measured: Mapping[str, MeasuredNode] | None = None
+    ) -> None:
+        """`measured` holds what was measured of the engine on node pools, by name."""
         self._problem = problem
         self._run_requests = run_requests
+        self._measured = measured or {}
 
     def layout(self, candidate: Candidate) -> Hashable:
         """What must be equal for candidates to be computed as one array: all that is not a number in the arrays."""
@@ -70,8 +77,13 @@ class EmbeddedGroups:
             capacity_bytes=floats([device.memory_bytes * pool.devices_per_replica for pool in pools]),
         )
 
-    def steps(self, engine: str, pool: Pool) -> EmbeddedSteps:
-        """Step times of a replica of `pool`."""
+    def steps(self, engine: str, pool: Pool) -> EmbeddedSteps | MeasuredSteps:
+        """Step times of a replica of `pool`: measured ones where there are any."""
+        roofline = self._roofline(engine, pool)
+        node = self._measured.get(pool.node_pool)
+        return roofline if node is None else node.steps(roofline)
+
+    def _roofline(self, engine: str, pool: Pool) -> EmbeddedSteps:
         return EmbeddedSteps(
             model=self._problem.model,
             device=self._problem.node_pool(pool.node_pool).device,
@@ -80,6 +92,11 @@ class EmbeddedGroups:
             ubatch_size=int(option(engine, pool, "ubatch_size")),
             kv_cache_dtype=str(option(engine, pool, "kv_cache_dtype")),
         )
+
+    def _request_ms(self, engine: str, pool: Pool) -> float:
+        node = self._measured.get(pool.node_pool)
+        measured = None if node is None else node.request_ms()
+        return engine_traits(engine).request_ms if measured is None else measured
 
     def _aggregated(self, group: list[Candidate]) -> GroupAnswer:
         engine = group[0].config.engine
@@ -94,6 +111,7 @@ class EmbeddedGroups:
             requests_per_s=estimate.requests_per_s * replicas,
             breakdown_ms=steps.breakdown_ms(batch),
             refused=self._infeasible(group),
+            roofline_share=_roofline_share(steps, batch),
         )
 
     def rank_load(self, group: list[Candidate], pools: list[Pool], replicas: FloatArray) -> RankLoad:
@@ -108,9 +126,9 @@ class EmbeddedGroups:
             isl=np.full(size, isl),
             osl=np.full(size, float(workload.osl.mean)),
             cached=np.full(size, np.floor(isl * workload.shared_prefix)),
-            request_ms=np.full(size, engine_traits(engine).request_ms),
+            request_ms=np.full(size, self._request_ms(engine, pools[0])),
             run_requests=np.full(size, self._run_requests),
-            burst_share=np.full(size, burst_share(workload)),
+            burst_share=np.full(size, _lockstep(workload)),
         )
 
     def _disaggregated(self, group: list[Candidate]) -> GroupAnswer:
@@ -126,16 +144,16 @@ class EmbeddedGroups:
             requests_per_s=estimate.requests_per_s,
             breakdown_ms=decode.breakdown_ms(batch),
             refused=self._infeasible(group),
+            roofline_share=_roofline_share(decode, batch),
         )
 
     def pair_load(self, group: list[Candidate]) -> PairLoad:
         """What the replicas of disaggregated candidates are asked to do."""
         engine, workload = group[0].config.engine, self._problem.workload
-        traits: EngineTraits = engine_traits(engine)
         size, isl = len(group), float(workload.isl.mean)
         prefills = [c.config.pool(Role.PREFILL) for c in group]
         decodes = [c.config.pool(Role.DECODE) for c in group]
-        half = self._handover_bytes(engine, prefills[0]) / self._handover_bandwidth(group[0]) / 2.0 * 1e3
+        send, receive, wire = self._hand_over_ms(group[0])
         return PairLoad(
             users=floats([c.load.concurrency or 0 for c in group]),
             rate_per_s=floats([c.load.request_rate or 0.0 for c in group]),
@@ -146,13 +164,24 @@ class EmbeddedGroups:
             isl=np.full(size, isl),
             osl=np.full(size, float(workload.osl.mean)),
             cached=np.full(size, np.floor(isl * workload.shared_prefix)),
-            request_ms=np.full(size, 2.0 * traits.request_ms),
-            wire_ms=np.full(size, traits.handover_ms),
-            send_ms=np.full(size, half),
-            receive_ms=np.full(size, half),
+            request_ms=np.full(size, 2.0 * self._request_ms(engine, prefills[0])),
+            wire_ms=np.full(size, wire),
+            send_ms=np.full(size, send),
+            receive_ms=np.full(size, receive),
             run_requests=np.full(size, self._run_requests),
             burst_share=np.full(size, burst_share(workload)),
         )
+
+    def _hand_over_ms(self, candidate: Candidate) -> tuple[float, float, float]:
+        """What a hand-over occupies of the sending and of the receiving engine, and what it takes besides."""
+        engine, prefill = candidate.config.engine, candidate.config.pool(Role.PREFILL)
+        node = self._measured.get(prefill.node_pool)
+        tokens = float(self._problem.workload.isl.mean)
+        measured = None if node is None else node.hand_over_ms(self._roofline(engine, prefill), tokens)
+        if measured is not None:
+            return (*measured, 0.0)
+        half = self._handover_bytes(engine, prefill) / self._handover_bandwidth(candidate) / 2.0 * 1e3
+        return half, half, engine_traits(engine).handover_ms
 
     def _handover_bytes(self, engine: str, prefill: Pool) -> float:
         per_element = KV_BYTES[str(option(engine, prefill, "kv_cache_dtype"))]
@@ -165,3 +194,19 @@ class EmbeddedGroups:
         if source.name == target.name:
             return source.device.link_bandwidth
         return min(source.device.network_bandwidth, target.device.network_bandwidth)
+
+
+def _lockstep(workload: Workload) -> float:
+    """Share of requests of users that stay in step on a replica that prefills and decodes.
+
+    llama.cpp computes a new prompt in its next step, whole, so that users lose each other with the first lengths that
+    differ: at 12 tokens of spread 4 users had a TTFT of 1.3 prefills, where users in step would have 2.5.
+    """
+    return 1.0 / (1.0 + workload.osl.longest - workload.osl.shortest)
+
+
+def _roofline_share(steps: EmbeddedSteps | MeasuredSteps, batch: StepBatch) -> float:
+    """Share of the first candidate's decode step that no table backs; half of what another model's tables back."""
+    first = step_batch(decode_seqs=batch.decode_seqs[:1], decode_context=batch.decode_context[:1])
+    origins = steps.origins(first)
+    return origins[Origin.ROOFLINE] + 0.5 * origins[Origin.EXTRAPOLATED]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from perf_model.gpu_groups import GpuGroups
 from perf_model.groups import GroupAnswer
 from perf_model.numeric import FloatArray, floats
 from perf_model.silicon import Silicon
+from perf_model.step_tables import MeasuredNode
 from perf_model.tables import default_root
 from search_spaces.outcome import Prediction
 from search_spaces.problem import Problem
@@ -34,12 +35,20 @@ class ServingPredictor:
 
     `run_requests` is the length of a measurement run, which decides how far the queue of an overloaded open loop grows.
     `tables` is a directory of operation tables, by default that of the installed public ones; without either GPUs are
-    modelled by their roofline. Candidates that share everything but numbers are computed together as arrays.
+    modelled by their roofline. `measured` holds engine steps measured on CPU pools, by pool. Candidates that share
+    everything but numbers are computed together as arrays.
     """
 
-    def __init__(self, problem: Problem, *, run_requests: int = 64, tables: Path | None = None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        run_requests: int = 64,
+        tables: Path | None = None,
+        measured: Mapping[str, MeasuredNode] | None = None,
+    ) -> None:
         self._problem = problem
-        self.embedded = EmbeddedGroups(problem, float(run_requests))
+        self.embedded = EmbeddedGroups(problem, float(run_requests), measured)
         silicon = Silicon(tables or default_root() or NO_TABLES)
         self.gpus = GpuGroups(problem, silicon, float(run_requests))
 

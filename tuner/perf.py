@@ -90,6 +90,48 @@ def import_(
         print(f"Predictions look there where TUNER_TABLES={to} is set.")
 
 
+@perf_app.command("collect")
+def collect(
+    file: Annotated[
+        Path | None, typer.Argument(help="Study file; the small model on this machine without one.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to join; this machine by default.")
+    ] = None,
+    pool: Annotated[str | None, typer.Option(help="One node pool of the study file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to; TUNER_TABLES or ~/.local/share/tuner/tables by default.")
+    ] = None,
+    families: Annotated[
+        str | None,
+        typer.Option(help="steps (CPU nodes); gemm,attention,memory,collectives (GPU nodes); all by default."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Default options and fewer shapes only.")] = False,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the study file.")] = None,
+) -> None:
+    """Measure operation tables on the nodes of a cluster; what was measured before is kept, and not measured again."""
+    from tuner.collect_view import CollectView
+    from tuner.collecting import LOCAL_STUDY, Wanted
+    from tuner.collecting import collect as measure
+    from tuner.study_file import load_study_file, parse_study
+    from tuner.table_places import own_root
+
+    given = list(overrides or [])
+    study = parse_study(LOCAL_STUDY, given) if file is None else load_study_file(file, given)
+    root = (out or own_root()).expanduser().resolve()
+    names = tuple(name.strip() for name in families.split(",")) if families else ()
+    wanted = Wanted(study=study, root=root, families=names, pool=pool, quick=quick)
+    with CollectView() as view:
+        done = measure(wanted, address, view.tell, view.advance)
+    for row in done:
+        print(f"{row.pool}: {row.measured} points measured, {row.found} were there; system {row.system}")
+    print(f"Tables: {root}")
+    if root == own_root().expanduser().resolve():
+        print("tuner predict and tuner study run use them from now on.")
+    else:
+        print(f"tuner predict and tuner study run use them where TUNER_TABLES={root} is set.")
+
+
 def _console() -> Console:
     from rich.console import Console
 

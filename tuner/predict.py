@@ -118,15 +118,18 @@ def look_out(study: StudyFile, *, top: int, seed: int | None = None) -> Outlook:
 def problem_of(study: StudyFile) -> tuple[Problem, tuple[str, ...]]:
     """The question of `study` with what is known of its devices, and where that comes from."""
     from search_spaces.hardware import DeviceKind
-    from tuner.table_places import tables_of
+    from tuner.table_places import measured_nodes, tables_of
     from tuner.wiring import make_problem
 
     bare = make_problem(study)
     on_cpus = [pool for pool in bare.node_pools if pool.device.kind is DeviceKind.CPU]
     if not on_cpus:
         return bare, (f"times from {tables_of(bare).text}",)
-    devices, notes = _cores(study, [pool.name for pool in on_cpus])
-    return make_problem(study, devices), notes
+    measured = measured_nodes(bare)
+    devices, notes = _cores(study, [pool.name for pool in on_cpus if pool.name not in measured])
+    own = tuple(f"pool {name}: steps collected on {node.system} ({node.folder})" for name, node in measured.items())
+    devices |= {name: node.device for name, node in measured.items()}
+    return make_problem(study, devices), own + notes
 
 
 def _cores(study: StudyFile, pools: Sequence[str]) -> tuple[dict[str, Device], tuple[str, ...]]:

@@ -9,6 +9,7 @@ takes the place of the public one.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -17,13 +18,16 @@ from typing import TYPE_CHECKING
 
 from perf_model.tables import cache_directory, default_root
 from search_spaces.errors import InvalidValueError
-from search_spaces.hardware import DeviceKind
+from search_spaces.hardware import DeviceKind, NodePool
 from search_spaces.problem import Problem
 
 if TYPE_CHECKING:
     from perf_model.silicon import Silicon
+    from perf_model.step_tables import MeasuredNode
 
 TABLES_VARIABLE = "TUNER_TABLES"
+POOLS_FILE = "pools.json"
+"""Which system the nodes of a CPU pool are, by labels: a study file does not say what processor they have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,3 +137,50 @@ def checked_root(directory: Path) -> Path:
         f"{directory} holds no operation tables; the layout is "
         "<dir>/data/<system>/<family>/<engine>/<version>/<table>.parquet, with <dir>/<system>.yaml beside it"
     )
+
+
+def remember_pool(root: Path, pool: NodePool, system: str) -> None:
+    """Note below `root` which system the nodes of `pool` are."""
+    file = root / POOLS_FILE
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(known | {_pool_key(pool): system}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _pool_key(pool: NodePool) -> str:
+    """How Ray would find the pool; empty for any node."""
+    words = sorted(f"{name}={value}" for name, value in pool.labels.items())
+    return ",".join([*words, *([pool.accelerator_type] if pool.accelerator_type else [])])
+
+
+def measured_nodes(problem: Problem, engine: str = "llamacpp") -> dict[str, MeasuredNode]:
+    """What was collected of the CPU pools of `problem`, by pool.
+
+    A pool with labels is the system that was collected under these; one without is this machine's processor, else what
+    was collected without labels.
+    """
+    root = own_root()
+    pools = [pool for pool in problem.node_pools if pool.device.kind is DeviceKind.CPU]
+    if not pools or not systems_in(root):
+        return {}
+    from perf_model.step_tables import measured_node
+
+    file = root / POOLS_FILE
+    known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found: dict[str, MeasuredNode] = {}
+    for pool in pools:
+        for system in _systems_of(pool, known):
+            node = measured_node(root, system, engine)
+            if node is not None:
+                found[pool.name] = node
+                break
+    return found
+
+
+def _systems_of(pool: NodePool, known: dict[str, str]) -> list[str]:
+    from cluster.node_facts import cpu_model
+    from tuner.collect_cores import system_of_cpu
+
+    key = _pool_key(pool)
+    here = [] if key else [system_of_cpu(cpu_model())]
+    return here + ([known[key]] if key in known else [])

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from search_spaces.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -100,15 +98,11 @@ def show_coverage(found: Sequence[TableCoverage], roots: Sequence[Path], console
     """Print a line for each table."""
     total = sum(row.rows for row in found)
     console.print(f"{len(found)} tables, {total:,} rows, in {', '.join(map(str, roots))}", soft_wrap=True)
-    table = Table(box=None, padding=(0, 1, 0, 1))
-    for column in ("system", "family", "engine", "version"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("table")
-    table.add_column("rows", justify="right")
-    table.add_column("ranges", overflow="fold")
     for row in found:
-        table.add_row(row.system, row.family, row.engine, row.version, row.table, f"{row.rows:,}", _ranges(row))
-    console.print(table)
+        place = f"{row.system} / {row.family} / {row.engine} {row.version} / {row.table}"
+        console.print(f"{place}: {row.rows:,} rows", soft_wrap=True)
+        if row.ranges:
+            console.print(f"    {_ranges(row)}", soft_wrap=True)
 
 
 def _ranges(row: TableCoverage) -> str:

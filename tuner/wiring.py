@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from studies.stopping import Budget
 
 MICROBENCH_LIMIT_S = 180.0
+MOST_AT_ONCE = 16
+"""Trials in flight where the study file leaves their number open: NSGA-II's generations grow with it."""
 MODEL_PRESETS: dict[str, ModelSpec] = {"tiny": TINY_MODEL}
 BASIC_METRICS = ("output_tokens_per_s", "ttft_p50_ms", "tpot_p50_ms")
 """Metrics whose correction is fitted whatever the question is."""
@@ -169,9 +171,14 @@ def uncalibrated(problem: Problem, study: StudyFile) -> Predictor:
 def serving_model(problem: Problem, study: StudyFile) -> ServingPredictor:
     """The performance model of `problem` alone, with the operation tables at hand."""
     from perf_model.serving_predictor import ServingPredictor
-    from tuner.table_places import tables_of
+    from tuner.table_places import measured_nodes, tables_of
 
-    return ServingPredictor(problem, run_requests=study.measurement.requests, tables=tables_of(problem).root)
+    return ServingPredictor(
+        problem,
+        run_requests=study.measurement.requests,
+        tables=tables_of(problem).root,
+        measured=measured_nodes(problem),
+    )
 
 
 def with_prior(model: ServingPredictor, problem: Problem, study: StudyFile) -> Predictor:
@@ -211,10 +218,21 @@ def connector(address: str | None, study: StudyFile) -> Connect:
 
     @contextmanager
     def connect(problem: Problem, place: Place) -> Iterator[Cluster]:
-        with _reach(address, study, problem) as cluster:
+        with _reach(address, study, problem, trials_at_once(study, problem, address)) as cluster:
             yield RayAccess(cluster=cluster, place=place, study=study)
 
     return connect
+
+
+def trials_at_once(study: StudyFile, problem: Problem, address: str | None) -> int:
+    """What `budget.parallel_trials` says; by default one for each node of a joined cluster, at most 16.
+
+    On this machine it is one: trials at once would share its cores, and disturb each other's timings.
+    """
+    wanted = study.budget.parallel_trials
+    if wanted != "auto":
+        return wanted
+    return 1 if address is None else min(MOST_AT_ONCE, sum(pool.nodes for pool in problem.node_pools))
 
 
 def require_launchable(study: StudyFile) -> None:
@@ -227,15 +245,15 @@ def require_launchable(study: StudyFile) -> None:
         )
 
 
-def _reach(address: str | None, study: StudyFile, problem: Problem) -> AbstractContextManager[RayCluster]:
+def _reach(address: str | None, study: StudyFile, problem: Problem, at_once: int) -> AbstractContextManager[RayCluster]:
     """Nodes at `address`, emulated ones, or this machine as it is."""
     if address is None and is_emulated(study) and (study.emulation is None or study.emulation.nodes):
         from cluster.ray_emulated import emulated_cluster
 
-        return emulated_cluster(problem.node_pools)
+        return emulated_cluster(problem.node_pools, trials_at_once=at_once)
     from cluster.ray_session import connect as reach
 
-    return reach(address, problem.node_pools)
+    return reach(address, problem.node_pools, trials_at_once=at_once)
 
 
 def _require_installed(engine: str) -> None:
@@ -250,6 +268,11 @@ class RayAccess:
     cluster: RayCluster
     place: Place
     study: StudyFile
+
+    @property
+    def trials_at_once(self) -> int:
+        """Trials that may be in flight together."""
+        return self.cluster.trials_at_once
 
     def measure(self, pool: NodePool) -> Device:
         """One core of a node of `pool`, measured there."""

@@ -16,6 +16,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from itertools import groupby
+from operator import attrgetter
 from statistics import median
 
 import numpy as np
@@ -53,6 +56,20 @@ Measured = tuple[Candidate, Mapping[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What the raw model said of a candidate, and what was measured; `study` names an earlier study, if it was one.
+
+    `node_types` maps the node pools of that study to device names.
+    """
+
+    candidate: Candidate
+    prediction: Prediction
+    metrics: Mapping[str, float]
+    study: str = ""
+    node_types: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """Surrogates by metric, all over the same candidates, and how wrong the raw model usually says it is."""
 
@@ -69,13 +86,14 @@ class CalibratedPredictor:
     """A predictor whose answers are corrected by measurements.
 
     `leaders` are the metrics whose hyperparameters are fitted: those of the question. `node_types` maps node pools to
-    device names.
+    device names. `earlier` observations, of related studies, are learnt before those of this one.
     """
 
     model: Predictor
     leaders: tuple[str, ...] = ("output_tokens_per_s", "ttft_p50_ms", "tpot_p50_ms")
     node_types: Mapping[str, str] = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)
+    earlier: tuple[Observation, ...] = ()
     _raw: dict[Candidate, Prediction] = field(default_factory=dict, repr=False, compare=False)
 
     def predict(self, candidates: Sequence[Candidate]) -> list[Prediction]:
@@ -97,20 +115,23 @@ class CalibratedPredictor:
 
     def learned(self, measured: Sequence[Measured]) -> CalibratedPredictor:
         """This predictor calibrated anew on every measurement given, in the order in which they were made."""
-        raw = self.raw([candidate for candidate, _ in measured])
-        known = [
-            (candidate, metrics, prediction)
-            for (candidate, metrics), prediction in zip(measured, raw, strict=True)
-            if prediction.infeasible is None
-        ]
+        known = [*self.earlier, *self.observed(measured)]
         if not known:
             return replace(self, calibration=Calibration())
-        usual = _usual([prediction for _, _, prediction in known])
-        doubts = [_doubt(prediction, usual) for _, _, prediction in known]
-        features = features_of([candidate for candidate, _, _ in known], doubts, self.node_types)
-        ratios = _ratios([(prediction.metrics, metrics) for _, metrics, prediction in known])
-        surrogates = _surrogates(features, ratios, usual, self.leaders, self.calibration.surrogates)
+        usual = _usual([observation.prediction for observation in known])
+        surrogates = _surrogates(
+            _features(known, usual), _ratios(known), usual, self.leaders, self.calibration.surrogates
+        )
         return replace(self, calibration=Calibration(surrogates=surrogates, usual=usual))
+
+    def observed(self, measured: Sequence[Measured], study: str = "") -> list[Observation]:
+        """Observations of `measured`, those left out that the model says cannot run."""
+        raw = self.raw([candidate for candidate, _ in measured])
+        return [
+            Observation(candidate=candidate, prediction=said, metrics=metrics, study=study, node_types=self.node_types)
+            for (candidate, metrics), said in zip(measured, raw, strict=True)
+            if said.infeasible is None
+        ]
 
     def believing(self, candidates: Sequence[Candidate]) -> CalibratedPredictor:
         """This predictor as if `candidates` had been measured as predicted: it takes less interest in what is alike.
@@ -185,8 +206,21 @@ def _doubt(prediction: Prediction, usual: Mapping[str, float]) -> float:
     return math.exp(math.fsum(ratios) / len(ratios)) if ratios else 1.0
 
 
-def _ratios(pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]) -> dict[str, FloatArray]:
-    """log(measured / predicted) (n,) by metric, not a number where a (predicted, measured) pair tells none."""
+def _features(observations: Sequence[Observation], usual: Mapping[str, float]) -> Features:
+    """Features of `observations`, study by study."""
+    parts = [
+        features_of(
+            [o.candidate for o in group], [_doubt(o.prediction, usual) for o in group], group[0].node_types, name
+        )
+        for name, found in groupby(observations, key=attrgetter("study"))
+        for group in (list(found),)
+    ]
+    return reduce(Features.joined, parts)
+
+
+def _ratios(observations: Sequence[Observation]) -> dict[str, FloatArray]:
+    """log(measured / predicted) (n,) by metric, not a number where an observation tells none."""
+    pairs = [(o.prediction.metrics, o.metrics) for o in observations]
     metrics = dict.fromkeys(metric for predicted, _ in pairs for metric in predicted if metric not in EXACT)
     table = {m: floats([_ratio(predicted.get(m), measured.get(m)) for predicted, measured in pairs]) for m in metrics}
     return {metric: column for metric, column in table.items() if not np.isnan(column).all()}

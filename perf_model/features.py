@@ -24,14 +24,18 @@ _SLOTS_OPTION = "max_num_seqs"
 
 
 def features_of(
-    candidates: Sequence[Candidate], doubts: Iterable[float], node_types: Mapping[str, str] | None = None
+    candidates: Sequence[Candidate],
+    doubts: Iterable[float],
+    node_types: Mapping[str, str] | None = None,
+    study: str = "",
 ) -> Features:
     """Features of `candidates`, whose predictions are as doubtful as `doubts` says (1 as usual).
 
-    `node_types` maps a node pool to the name of its device, so that pools of one kind share what is learnt.
+    `node_types` maps a node pool to the name of its device, so that pools of one kind share what is learnt. `study`
+    names an earlier study; what was learnt there holds for this one as it does across any one other difference.
     """
     types = node_types or {}
-    categories = [_categories(candidate, types) for candidate in candidates]
+    categories = [[_code(study), *_categories(candidate, types)] for candidate in candidates]
     sizes = [_sizes(candidate) for candidate in candidates]
     loads = [_loads(candidate) for candidate in candidates]
     return Features(

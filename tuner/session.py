@@ -6,9 +6,10 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from search_spaces.errors import InvalidValueError
+from perf_model.calibration import CalibratedPredictor
 from search_spaces.hardware import Device, DeviceKind
 from search_spaces.problem import Problem
 from search_spaces.rules import infeasibility
@@ -22,6 +23,7 @@ from studies.storage import Storage, faults_told, open_storage
 from studies.study import Study, StudySetup, create_study, open_study
 from tuner.access import Cluster, Connect
 from tuner.devices import load_devices, save_devices
+from tuner.earlier import lessons
 from tuner.loop import LearningModel, Search, SearchPlan
 from tuner.observer import Observer
 from tuner.places import Place
@@ -86,13 +88,28 @@ def _run(
     with connect(problem, place) as cluster:
         devices = _known_devices(file, problem, place, cluster, observer)
         problem = make_problem(file, devices)
-        model = LearningModel(make_predictor(problem, file))
+        model = LearningModel(_taught(make_predictor(problem, file), storage, place, file, problem, observer))
         setup = _setup(file, place, stored, problem, model)
         study = open_study(storage, setup, lease) if history else create_study(storage, setup, lease)
         reason = _search(study, file, place, model, cluster, stop, observer)
         study.flush()
         order = f"stopped on the order of {lease.stop_order.by}" if lease.stop_order and reason is None else None
         return Ended(reason=reason, stop_order=order, report=make_report(study.history, file))
+
+
+def _taught(
+    predictor: CalibratedPredictor,
+    storage: Storage,
+    place: Place,
+    file: StudyFile,
+    problem: Problem,
+    observer: Observer,
+) -> CalibratedPredictor:
+    """`predictor` with what related studies in `storage` teach it."""
+    found = lessons(storage, place, file, problem) if file.earlier_studies == "related" else ()
+    if found:
+        observer.note(f"the model is corrected by earlier studies: {'; '.join(map(str, found))}")
+    return replace(predictor, earlier=tuple(o for lesson in reversed(found) for o in lesson.observations))
 
 
 def lease_times() -> LeaseTimes:

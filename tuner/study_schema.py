@@ -425,6 +425,11 @@ class StudyFile(Section):
     sampler: Literal["nsga2", "tpe", "gp", "random"] = Field(
         default="nsga2", description="sampler of Optuna whose suggestions are screened", examples=["nsga2"]
     )
+    earlier_studies: Literal["related", "none"] = Field(
+        default="related",
+        description="whose measurements in the same storage correct the model from the start",
+        examples=["none"],
+    )
     seed: int = Field(default=0, ge=0, description="seed of every random choice", examples=[0])
 
     @model_validator(mode="after")

@@ -1,0 +1,72 @@
+"""What a study learns from earlier ones in its storage."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from studies.history import StudyHistory
+from studies.storage import open_storage
+from tests.studies.toy import toy_problem
+from tests.tuner.test_session import Bench
+from tuner.earlier import _relation
+from tuner.places import Place
+
+METRIC = "ttft_p50_ms"
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(place=Place(url=f"sqlite:///{tmp_path}/studies.db", directory=tmp_path))
+
+
+def first_miss(bench: Bench, name: str) -> float:
+    """|log(measured / predicted)| of the first trial of a study."""
+    first = StudyHistory(open_storage(bench.place.url), name).trials()[0]
+    assert first.prediction is not None
+    assert first.measurement is not None
+    return abs(math.log(first.measurement.metrics.flat()[METRIC] / first.prediction.metrics[METRIC]))
+
+
+def notes(bench: Bench) -> list[str]:
+    return [note for note in bench.observer.notes if note.startswith("the model is corrected by earlier studies")]
+
+
+def test_a_related_study_begins_with_what_the_last_one_learnt_and_says_so(bench: Bench) -> None:
+    bench.run()
+    assert notes(bench) == [], "there was no earlier one"
+    bench.run("name=second", "workload.osl=24")
+    (note,) = notes(bench)
+    assert note.endswith("toy (6 measurements, model tiny too)")
+    assert first_miss(bench, "second") < 0.5 * first_miss(bench, "toy")
+
+
+def test_a_study_may_refuse_to_learn_from_others(bench: Bench) -> None:
+    bench.run()
+    bench.run("name=second", "earlier_studies=none")
+    assert notes(bench) == []
+    assert first_miss(bench, "second") == pytest.approx(first_miss(bench, "toy"))
+
+
+def test_a_resume_learns_from_no_study_that_began_later(bench: Bench) -> None:
+    bench.run()
+    bench.run("name=second")
+    bench.observer.notes.clear()
+    bench.run("budget.trials=7")
+    assert notes(bench) == []
+    bench.run("name=second", "budget.trials=7")
+    assert len(notes(bench)) == 1
+    assert "toy (7 measurements" in notes(bench)[0]
+
+
+def test_studies_are_related_by_model_or_by_nodes() -> None:
+    ours = toy_problem()
+    (pool,) = ours.node_pools
+    other_model = replace(ours, model=replace(ours.model, name="other"))
+    other_nodes = (replace(pool, device=replace(pool.device, name="other core")),)
+    assert _relation(ours, ours) == "model toy too"
+    assert _relation(other_model, ours) == "nodes with core too"
+    assert _relation(replace(other_model, node_pools=other_nodes), ours) is None

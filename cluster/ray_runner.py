@@ -14,7 +14,7 @@ from typing import Self
 from cluster import deployment as life
 from cluster.engines.base import EngineBackend, PerDeployment
 from cluster.janitor import TaggedProcess, end_orphans
-from cluster.placement import PlacementError, fit_together, plan_placement
+from cluster.placement import Placement, PlacementError, fit_together, plan_placement
 from cluster.processes import ProcessId
 from cluster.ray_deployment import RayDeployment, Site
 from cluster.ray_session import RayCluster
@@ -25,6 +25,8 @@ from search_spaces.serving import ServingConfig
 
 PRESSURE_S = 1.0
 """A deployment that waits this long for its devices makes idle ones stop, one after the other."""
+MOST_OVERTAKEN = 8
+"""Trials that may start before one that came earlier and needs more devices than are free; then it is its turn."""
 TURN_S = 0.005
 PAUSE_S = 0.02
 KEPT_OUTCOMES = 256
@@ -43,11 +45,12 @@ _PHASES = {
 
 @dataclass(kw_only=True)
 class _Trial:
-    """A trial without an outcome; `owner` is the deployment that it waits for or runs on."""
+    """A trial without an outcome; `owner` is the deployment that it waits for or runs on, None while it queues."""
 
     request: TrialRequest
     began_s: float
     owner: RayDeployment | None = None
+    overtaken: int = 0
 
     @property
     def phase(self) -> str:
@@ -56,6 +59,9 @@ class _Trial:
 
 class RayTrialRunner:
     """See `cluster.runner.TrialRunner`. Several trials run at once where the pools hold their deployments.
+
+    A trial whose devices are taken by busy deployments queues here, for as long as those are busy; its limit of
+    placement counts from when the pools have room. Smaller ones may overtake it, at most `MOST_OVERTAKEN`.
 
     `backends` are the engines by name. `work_dir` (on a cluster: a folder that all nodes share) takes models, logs and
     hand-over files; what a trial leaves is in its `artifact_dir`. Not for use from several threads.
@@ -72,6 +78,7 @@ class RayTrialRunner:
         self._deployments: list[RayDeployment] = []
         self._known: set[str] = set()
         self._running: dict[str, _Trial] = {}
+        self._queue: list[str] = []
         self._outcomes: dict[str, Outcome] = {}
         self._told: deque[str] = deque()
         self._turned_s = 0.0
@@ -98,8 +105,9 @@ class RayTrialRunner:
             raise InvalidValueError(f"engine {request.candidate.config.engine!r} is unknown; choose {known}")
         self._known.add(request.trial)
         self._turn()
-        trial = self._running[request.trial] = _Trial(request=request, began_s=time.monotonic())
-        self._route(trial)
+        self._running[request.trial] = _Trial(request=request, began_s=time.monotonic())
+        self._queue.append(request.trial)
+        self._route_queue()
         return TrialHandle(trial=request.trial, config_key=request.candidate.config.key)
 
     def poll(self, handle: TrialHandle) -> Running | Outcome:
@@ -118,9 +126,12 @@ class RayTrialRunner:
     def stop(self, handle: TrialHandle) -> None:
         """End the trial and its deployment, and wait until its devices are free; a no-op when it has ended."""
         trial = self._running.get(handle.trial)
+        why = f"trial {handle.trial} was stopped before it was measured"
         if trial is not None and trial.owner is not None:
-            trial.owner.stop(f"trial {handle.trial} was stopped before it was measured")
+            trial.owner.stop(why)
             self._wait_until_stopped([trial.owner])
+        elif trial is not None:
+            self._unqueue(handle.trial, why)
 
     def warm(self) -> tuple[ServingConfig, ...]:
         """Configurations whose deployments are up and idle, the one used last first."""
@@ -135,7 +146,10 @@ class RayTrialRunner:
     def close(self) -> None:
         """Stop everything, the trials that run too, and wait for it."""
         self._closed = True
-        self._stop_all(self._deployments, "the runner was closed before the trial was measured")
+        why = "the runner was closed before the trial was measured"
+        for trial in tuple(self._queue):
+            self._unqueue(trial, why)
+        self._stop_all(self._deployments, why)
         end_orphans(self._site.study)
 
     def _sweep(self) -> tuple[TaggedProcess, ...]:
@@ -163,32 +177,49 @@ class RayTrialRunner:
         """Idle deployments, the one used longest ago first."""
         return sorted((d for d in self._deployments if d.state.warm), key=lambda d: d.state.since_s)
 
-    def _route(self, trial: _Trial) -> None:
-        """Give the trial to a deployment of its configuration, or start one."""
+    def _route_queue(self) -> None:
+        """Start what has room now, in the order of arrival as far as `MOST_OVERTAKEN` asks for it."""
+        passed: list[_Trial] = []
+        for name in tuple(self._queue):
+            trial = self._running[name]
+            if self._route(trial):
+                self._queue.remove(name)
+                for earlier in passed:
+                    earlier.overtaken += 1
+            elif trial.overtaken >= MOST_OVERTAKEN:
+                return
+            else:
+                passed.append(trial)
+
+    def _route(self, trial: _Trial) -> bool:
+        """Give the trial to a deployment of its configuration or start one; False where its devices are busy."""
         request = trial.request
         config = request.candidate.config
         trial.owner = next((d for d in self._deployments if d.state.alive and d.config == config), None)
         if trial.owner is not None:
             trial.owner.ask(request)
-            return
+            return True
         try:
-            trial.owner = self._launch(request)
+            placement = _plan(request)
         except PlacementError as error:
             self._end(request.trial, Failure(reason=FailureReason.PLACEMENT, detail=str(error)))
+            return True
+        busy = [d.config for d in self._deployments if d.state.alive and not d.state.warm]
+        if busy and not fit_together([*busy, config], request.problem):
+            return False
+        trial.owner = self._launch(request, placement)
+        return True
+
+    def _unqueue(self, trial: str, why: str) -> None:
+        self._queue.remove(trial)
+        self._end(trial, Failure(reason=FailureReason.LOST_COORDINATOR, detail=why))
 
     def _end(self, trial: str, outcome: Outcome) -> None:
         self._outcomes[trial] = outcome
         del self._running[trial]
 
-    def _launch(self, request: TrialRequest) -> RayDeployment:
+    def _launch(self, request: TrialRequest, placement: Placement) -> RayDeployment:
         config = request.candidate.config
-        placement = plan_placement(config, request.problem)
-        if placement.spanning:
-            raise PlacementError(
-                f"{', '.join(placement.spanning)} would be parts of replicas that span nodes, which engine "
-                f"{config.engine} cannot here; use fewer devices per replica"
-            )
-        backend = self._backends[config.engine]
         backend = self._backends[config.engine]
         if isinstance(backend, PerDeployment):
             backend = backend.for_deployment(config, request.problem)
@@ -227,7 +258,9 @@ class RayTrialRunner:
             if deployment.state.phase is life.Phase.STOPPED:
                 self._deployments.remove(deployment)
         for trial in requeued:
-            self._route(self._running[trial])
+            self._running[trial].owner = None
+        self._queue = [*requeued, *self._queue]
+        self._route_queue()
         self._relieve_pressure()
 
     def _collect(self, deployment: RayDeployment) -> list[str]:
@@ -264,3 +297,15 @@ class RayTrialRunner:
             if all(d.state.phase is life.Phase.STOPPED for d in deployments):
                 return
             time.sleep(PAUSE_S)
+
+
+def _plan(request: TrialRequest) -> Placement:
+    """Bundles of the deployment; raises `PlacementError` where the pools could not hold it, or it would span nodes."""
+    config = request.candidate.config
+    placement = plan_placement(config, request.problem)
+    if placement.spanning:
+        raise PlacementError(
+            f"{', '.join(placement.spanning)} would be parts of replicas that span nodes, which engine "
+            f"{config.engine} cannot here; use fewer devices per replica"
+        )
+    return placement

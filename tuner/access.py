@@ -15,6 +15,11 @@ from tuner.places import Place
 class Cluster(Protocol):
     """Nodes that were joined or started."""
 
+    @property
+    def trials_at_once(self) -> int:
+        """Trials that may be in flight together; those whose devices are busy wait."""
+        ...
+
     def measure(self, pool: NodePool) -> Device:
         """What one device of `pool` can do, measured on a node of it."""
         ...

@@ -23,8 +23,10 @@ from studies.records import Proposal, TrialRecord, TrialStatus
 from studies.stopping import Budget, Progress, StopReason, stop_reason
 from studies.study import Study
 from tuner.observer import RECENT_TRIALS, Observer, Snapshot, Trying
+from tuner.utilisation import Utilisation
 
 POLL_S = 0.1
+WAITING_PHASE = "placement"
 
 
 class LearningModel:
@@ -102,6 +104,7 @@ class Search:
     stop_requested: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
+    utilisation: Utilisation = field(init=False)
     _trying: list[_InFlight] = field(default_factory=list)
     _exhausted: bool = False
     _started: float = 0.0
@@ -110,11 +113,13 @@ class Search:
     def run(self) -> StopReason | None:
         """Search until a reason to stop, or None where a stop was requested; nothing is left running then."""
         self._started = self.clock()
+        self.utilisation = Utilisation(devices=sum(pool.devices for pool in self.plan.problem.node_pools))
         self._look()
         self.model.learn(self._view.trials)
         try:
             while not self.stop_requested():
                 reason = self._reason_to_stop()
+                self.utilisation.add(self.clock(), self._reserved(), proposals_remain=reason is None)
                 if reason is not None and not self._trying:
                     return reason
                 if reason is None and len(self._trying) < self.plan.in_flight:
@@ -124,6 +129,10 @@ class Search:
             return None
         finally:
             self._abandon()
+
+    def _reserved(self) -> int:
+        """Devices that hold a deployment with a trial: those that only wait for devices have none."""
+        return sum(t.proposal.candidate.config.devices for t in self._trying if t.state.phase != WAITING_PHASE)
 
     def _look(self) -> None:
         volumes = [point.hypervolume for point in self.study.hypervolume_history()]

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 
-from search_spaces.errors import InvalidValueError
 from perf_model.calibration import CalibratedPredictor
+from search_spaces.errors import InvalidValueError
 from search_spaces.hardware import Device, DeviceKind
 from search_spaces.problem import Problem
 from search_spaces.rules import infeasibility
@@ -89,7 +89,7 @@ def _run(
         devices = _known_devices(file, problem, place, cluster, observer)
         problem = make_problem(file, devices)
         model = LearningModel(_taught(make_predictor(problem, file), storage, place, file, problem, observer))
-        setup = _setup(file, place, stored, problem, model)
+        setup = _setup(file, place, stored, problem, model, cluster.trials_at_once)
         study = open_study(storage, setup, lease) if history else create_study(storage, setup, lease)
         reason = _search(study, file, place, model, cluster, stop, observer)
         study.flush()
@@ -197,7 +197,9 @@ def _device_text(pool: str, device: Device) -> str:
     return f"one core of pool {pool}: {number(flops)} GFLOP/s, {number(device.memory_bandwidth / 1e9)} GB/s memory"
 
 
-def _setup(file: StudyFile, place: Place, stored: str, problem: Problem, model: LearningModel) -> StudySetup:
+def _setup(
+    file: StudyFile, place: Place, stored: str, problem: Problem, model: LearningModel, in_flight: int
+) -> StudySetup:
     return StudySetup(
         name=file.name,
         problem=problem,
@@ -206,6 +208,7 @@ def _setup(file: StudyFile, place: Place, stored: str, problem: Problem, model: 
         directory=place.directory,
         seed=file.seed,
         budget_trials=file.budget.trials,
+        in_flight=in_flight,
         predict=model.predict,
         sampler=SamplerKind(file.sampler),
     )
@@ -232,6 +235,7 @@ def _search(
         budget=make_budget(file),
         work_dir=place.trials(file.name),
         seed=file.seed,
+        in_flight=cluster.trials_at_once,
     )
     with stop as signalled, closing(cluster.runner(file.name)) as runner:
 
@@ -239,4 +243,8 @@ def _search(
             study.lease.ensure()
             return signalled() or study.lease.stop_order is not None
 
-        return Search(study, runner, model, plan, observer, stop_requested).run()
+        search = Search(study, runner, model, plan, observer, stop_requested)
+        reason = search.run()
+        if search.utilisation.device_s > 0:
+            observer.note(str(search.utilisation))
+        return reason

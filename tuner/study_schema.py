@@ -309,7 +309,7 @@ class SpaceSection(Section):
 
 
 class BudgetSection(Section):
-    """When the study ends: whichever comes first."""
+    """When the study ends (whichever comes first), and how many trials run at once."""
 
     trials: Count = Field(default=32, description="measured trials", examples=[16])
     wall_time: Annotated[Positive, BeforeValidator(_as_seconds)] | None = Field(
@@ -321,6 +321,11 @@ class BudgetSection(Section):
         examples=["0.5%"],
     )
     patience: Count = Field(default=4, description="proposals in a row that must be below min_gain", examples=[4])
+    parallel_trials: Count | Literal["auto"] = Field(
+        default="auto",
+        description="trials at once, as far as they fit; auto is one for each node of a joined cluster, one elsewhere",
+        examples=[4],
+    )
 
 
 class MeasurementSection(Section):

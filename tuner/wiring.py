@@ -109,13 +109,13 @@ def _node_pool(name: str, pool: NodePoolSection, devices: Mapping[str, Device]) 
 
 
 def make_space(study: StudyFile, problem: Problem) -> Space:
-    """The search space of `study`."""
+    """The search space of `study`, whatever the order of its keys: the stored file sorts them."""
     modes = tuple(Mode(mode) for mode in study.space.modes)
     return build_space(
         problem,
         engines={
             engine: {name: tuple(values) for name, values in options.items()}
-            for engine, options in study.engines.items()
+            for engine, options in sorted(study.engines.items())
         },
         loads=tuple(study.workload.loads),
         modes=modes,
@@ -127,7 +127,7 @@ def _role_choices(study: StudyFile, role: Role) -> RoleChoices:
     own: RoleSection = getattr(study.space, str(role))
     lists = {name: tuple(getattr(own, name) or getattr(study.space, name)) for name in _ROLE_LISTS}
     return RoleChoices(
-        node_pools=tuple(own.node_pools or study.node_pools),
+        node_pools=tuple(own.node_pools or sorted(study.node_pools)),
         options={name: tuple(values) for name, values in own.options.items()},
         **lists,
     )

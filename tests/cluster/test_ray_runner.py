@@ -267,15 +267,34 @@ def test_a_late_client_is_no_fault_of_the_deployment(make_runner: MakeRunner, tm
     assert runner.warm() == (aggregated(),)
 
 
-def test_devices_that_stay_busy(make_runner: MakeRunner, tmp_path: Path) -> None:
-    runner = make_runner()
-    holder = runner.start(request("b0", aggregated(replicas=2), tmp_path, rule=ENDLESS))
-    reach(runner, holder, "measure")
+def test_devices_that_another_program_keeps(make_runner: MakeRunner, tmp_path: Path) -> None:
+    holder, runner = make_runner(), make_runner()
+    held = holder.start(request("b0", aggregated(replicas=2), tmp_path, rule=ENDLESS))
+    reach(holder, held, "measure")
     limits = TimeLimits(placement_s=1.0, start_s=60, measure_s=60, stop_s=10)
     failure = failed(finish(runner, runner.start(request("b1", aggregated(), tmp_path, limits=limits))))
     assert failure.reason is FailureReason.PLACEMENT
     assert "placement_s=1 s" in failure.detail
-    assert isinstance(runner.poll(holder), Running)
+    assert isinstance(holder.poll(held), Running)
+
+
+def test_a_trial_waits_for_the_devices_of_the_runners_own_trials(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner()
+    holder = runner.start(request("w0", aggregated(replicas=2), tmp_path, rule=ENDLESS))
+    reach(runner, holder, "measure")
+    limits = TimeLimits(placement_s=1.0, start_s=60, measure_s=60, stop_s=10)
+    waiting = runner.start(request("w1", aggregated(), tmp_path, limits=limits))
+    stopped = runner.start(request("w2", aggregated(max_num_seqs=2), tmp_path, limits=limits))
+    deadline = time.monotonic() + 2.5
+    while time.monotonic() < deadline:
+        state = runner.poll(waiting)
+        assert isinstance(state, Running)
+        assert state.phase == "placement"
+        time.sleep(0.05)
+    runner.stop(stopped)
+    assert failed(runner.poll(stopped)).reason is FailureReason.LOST_COORDINATOR
+    runner.stop(holder)
+    measured(finish(runner, waiting))
 
 
 def test_a_configuration_that_no_node_holds(make_runner: MakeRunner, tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ class Invoke:
 class NoCluster:
     """A cluster in memory."""
 
+    trials_at_once = 1
+
     def measure(self, _pool: object) -> object:
         return UNMEASURED_CORE
 

@@ -21,8 +21,8 @@ from tests.support.memory_runner import MemoryRunner, Silence, measured
 from tuner.places import Place
 from tuner.session import Ended, run_study
 from tuner.study_errors import StudyFileError
-from tuner.study_file import parse_study
-from tuner.wiring import UNMEASURED_CORE
+from tuner.study_file import dump_study, parse_study
+from tuner.wiring import UNMEASURED_CORE, make_problem, make_space, trials_at_once
 
 TEXT = """
 name: toy
@@ -42,6 +42,7 @@ class MemoryCluster:
     make_runner: Callable[[], MemoryRunner] = MemoryRunner
     runners: list[MemoryRunner] = field(default_factory=list)
     measured_pools: list[str] = field(default_factory=list)
+    trials_at_once: int = 1
 
     def measure(self, pool: NodePool) -> Device:
         self.measured_pools.append(pool.name)
@@ -224,3 +225,28 @@ def test_what_lies_beside_the_study(bench: Bench) -> None:
     bench.run()
     assert list((bench.place.directory / "predictions").rglob("*.parquet"))
     assert len(list(bench.place.artifacts.iterdir())) == 6
+
+
+def test_the_space_does_not_depend_on_the_order_of_the_files_keys() -> None:
+    pools = "node_pools: {second: {cpus_per_node: 2}, first: {cpus_per_node: 2}}"
+    file = parse_study(TEXT.replace("node_pools: {local: {cpus_per_node: 4, price_per_hour: 1.0}}", pools), ())
+    stored = parse_study(dump_study(file), name="stored")
+    assert list(file.node_pools) != list(stored.node_pools), "the stored file sorts its keys"
+    spaces = [make_space(each, make_problem(each)) for each in (file, stored)]
+    assert spaces[0].parameters == spaces[1].parameters
+
+
+def test_trials_at_once_set_the_population_and_the_search(bench: Bench) -> None:
+    bench.cluster.trials_at_once = 3
+    bench.cluster.make_runner = lambda: MemoryRunner(polls=3)
+    assert bench.run().reason is StopReason.TRIALS
+    assert bench.cluster.runners[0].most_in_flight == 3
+    assert any("trials held" in note for note in bench.observer.notes)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "address", "expected"), [("auto", None, 1), ("auto", "10.0.0.1:6379", 5), ("3", None, 3)]
+)
+def test_how_many_trials_run_at_once(wanted: str, address: str | None, expected: int) -> None:
+    file = parse_study(TEXT, (f"budget.parallel_trials={wanted}", "node_pools.local.nodes=5"))
+    assert trials_at_once(file, make_problem(file), address) == expected

@@ -94,9 +94,9 @@ class Appraiser:
         return Worth(order=ranking.rows, rates=rates, gain=_relative_gain(ranking, question))
 
     def _by_feasibility(self, beliefs: Beliefs, question: Question, rows: IntArray) -> Worth:
-        """Where nothing is expected to gain: the likeliest to meet every SLO first."""
+        """Where nothing is expected to gain: the likeliest to meet every SLO first, of equal ones the nearest to it."""
         feasible = feasible_probability(beliefs, question, rows)
-        order = np.argsort(-feasible / beliefs.seconds, kind="stable")
+        order = np.lexsort((self._missed(beliefs.mean), -feasible / beliefs.seconds))
         return Worth(order=order, rates=np.zeros(len(order)), gain=0.0 if len(question.measured) else None)
 
     def _beliefs(self, options: Sequence[Option]) -> Beliefs:
@@ -160,6 +160,15 @@ class Appraiser:
 
     def _minimised(self, samples: FloatArray, _rows: IntArray) -> FloatArray:
         return np.asarray(np.exp(np.minimum(samples[..., self._columns], 700.0)) * self._sign)
+
+    def _missed(self, means: FloatArray) -> FloatArray:
+        """By how much each row of `means` (n, k) misses the SLOs, summed over them, in log units (n,)."""
+        missed = np.zeros(len(means))
+        for slo in self._problem.slos:
+            beyond = means[:, self._metrics.index(slo.metric)] - np.log(slo.threshold)
+            lower_is_better = metric_info(slo.metric).direction is Direction.MINIMIZE
+            missed += np.maximum(np.nan_to_num(beyond if lower_is_better else -beyond), 0.0)
+        return missed
 
     def _violated(self, samples: FloatArray, _rows: IntArray) -> BoolArray:
         broken = np.zeros(samples.shape[:2], dtype=bool)

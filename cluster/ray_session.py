@@ -109,7 +109,8 @@ class RayCluster:
     ) -> dict[str, Result]:
         """Call `function` on each live node, without reserving anything; results by node id.
 
-        Nodes that did not answer within `limit_s` are left out, with a warning.
+        Nodes that did not answer within `limit_s`, or that died, are left out with a warning. Raises what `function`
+        raises.
         """
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -122,7 +123,16 @@ class RayCluster:
         done, late = ray.wait(list(calls), num_returns=len(calls), timeout=limit_s)
         for reference in late:
             _log.warning("%s did not answer within %g s on node %s", function.__name__, limit_s, calls[reference])
-        return {calls[reference]: ray.get(reference) for reference in done}
+        answers: dict[str, Result] = {}
+        for reference in done:
+            try:
+                answers[calls[reference]] = ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+            except ray.exceptions.RayError as error:  # a dead node counts as alive until its heartbeats are missed
+                lines = str(error).strip().splitlines()
+                _log.warning("%s did not run on node %s: %s", function.__name__, calls[reference], lines[:1])
+        return answers
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""

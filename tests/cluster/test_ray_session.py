@@ -68,6 +68,14 @@ def test_a_function_runs_on_every_node(ray_cluster: RayCluster) -> None:
 
 
 @pytest.mark.ray
+def test_a_node_where_a_function_dies_is_left_out(ray_cluster: RayCluster, caplog: pytest.LogCaptureFixture) -> None:
+    assert ray_cluster.run_on_every_node(60.0, os._exit, 1) == {}
+    assert "_exit did not run on node" in caplog.text
+    with pytest.raises(ValueError, match="isqrt"):
+        ray_cluster.run_on_every_node(60.0, isqrt, -1)
+
+
+@pytest.mark.ray
 def test_a_pool_that_the_cluster_lacks_is_told_at_once(ray_cluster: RayCluster) -> None:
     with pytest.raises(PlacementError, match="'here' needs 1 nodes with 2 CPUs and zone=moon, but the cluster has 0"):
         check_pools([replace(POOL, labels={"zone": "moon"})], ray_cluster.nodes())

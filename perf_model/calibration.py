@@ -32,6 +32,7 @@ from perf_model.surrogate import (
     Hyperparameters,
     HyperPrior,
     Surrogate,
+    alike,
     condition,
     correct_all,
     fit,
@@ -143,10 +144,7 @@ class CalibratedPredictor:
         if not pairs or not self.calibration.surrogates:
             return self
         added = self._features([c for c, _ in pairs], [p for _, p in pairs])
-        joined: dict[int, Features] = {}  # surrogates that share their features go on doing so
-        believed = {
-            metric: _believing(surrogate, added, joined) for metric, surrogate in self.calibration.surrogates.items()
-        }
+        believed = _believing(self.calibration.surrogates, added)
         return replace(self, calibration=replace(self.calibration, surrogates=believed))
 
     def _features(self, candidates: Sequence[Candidate], raw: Sequence[Prediction]) -> Features:
@@ -247,11 +245,16 @@ def _surrogates(
         start = before[metric].hyper if metric in before else None
         part, target = _told(features, ratios[metric])
         fitted[metric] = _widened(fit(part, target, prior=_prior(usual[metric]), start=start))
+    led = dict(fitted)
     for metric, column in ratios.items():
         if metric not in fitted:
             part, target = _told(features, column)
-            hyper = _relative(metric, fitted) or _prior(usual[metric]).centre
-            fitted[metric] = _widened(condition(part, target, hyper))
+            leader = _relative(metric, led)
+            if leader is not None and leader.features is part:
+                fitted[metric] = _widened(alike(leader, target))
+            else:
+                hyper = leader.hyper if leader is not None else _prior(usual[metric]).centre
+                fitted[metric] = _widened(condition(part, target, hyper))
     return fitted
 
 
@@ -274,11 +277,11 @@ def _prior(stated: float) -> HyperPrior:
     )
 
 
-def _relative(metric: str, fitted: Mapping[str, Surrogate]) -> Hyperparameters | None:
-    """Hyperparameters of the fitted metric whose name begins most alike; None where nothing was fitted."""
+def _relative(metric: str, fitted: Mapping[str, Surrogate]) -> Surrogate | None:
+    """The surrogate of the fitted metric whose name begins most alike; None where nothing was fitted."""
     if not fitted:
         return None
-    return fitted[max(fitted, key=lambda other: _common(metric, other))].hyper
+    return fitted[max(fitted, key=lambda other: _common(metric, other))]
 
 
 def _common(first: str, second: str) -> int:
@@ -308,10 +311,18 @@ def one_step_ahead(surrogate: Surrogate) -> FloatArray:
     return floats(solve_triangular(surrogate.factor, surrogate.log_ratio, lower=True, check_finite=False))
 
 
-def _believing(surrogate: Surrogate, added: Features, joined: dict[int, Features]) -> Surrogate:
-    (correction,) = correct_all([surrogate], added)
-    key = id(surrogate.features)
-    if key not in joined:
-        joined[key] = surrogate.features.joined(added)
-    target = np.concatenate([surrogate.log_ratio, correction.mean])
-    return condition(joined[key], target, surrogate.hyper, width=surrogate.width)
+def _believing(surrogates: Mapping[str, Surrogate], added: Features) -> dict[str, Surrogate]:
+    """`surrogates` after observations of `added` at their means; what they shared of each other they go on sharing."""
+    corrections = correct_all(list(surrogates.values()), added)
+    joined: dict[int, Features] = {}
+    grown: dict[int, Surrogate] = {}
+    believed: dict[str, Surrogate] = {}
+    for (metric, surrogate), correction in zip(surrogates.items(), corrections, strict=True):
+        target = np.concatenate([surrogate.log_ratio, correction.mean])
+        features = joined.setdefault(id(surrogate.features), surrogate.features.joined(added))
+        if id(surrogate.factor) in grown:
+            believed[metric] = with_width(alike(grown[id(surrogate.factor)], target), surrogate.width)
+        else:
+            believed[metric] = condition(features, target, surrogate.hyper, width=surrogate.width)
+            grown[id(surrogate.factor)] = believed[metric]
+    return believed

@@ -208,7 +208,8 @@ class Surrogate:
 
     def correct(self, features: Features) -> Correction:
         """Correction of `features`, without the noise of a new measurement."""
-        return _correct(self, features, _distances(self.features, features))
+        (correction,) = correct_all([self], features)
+        return correction
 
     def covariance(self, first: Features, second: Features) -> FloatArray:
         """Prior covariance (a, b) between two sets of candidates."""
@@ -221,25 +222,44 @@ class Surrogate:
 
 
 def correct_all(surrogates: Sequence[Surrogate], features: Features) -> tuple[Correction, ...]:
-    """Corrections of `features` by surrogates of several metrics, quicker where they saw the same observations."""
+    """Corrections of `features` by surrogates of several metrics, quicker where they saw the same observations.
+
+    Those that share their factor too (see `alike`) share all but the mean.
+    """
     gaps: dict[int, _Distances] = {}
+    shares: dict[int, tuple[FloatArray, FloatArray, FloatArray]] = {}
     for surrogate in surrogates:
         if id(surrogate.features) not in gaps:
             gaps[id(surrogate.features)] = _distances(surrogate.features, features)
-    return tuple(_correct(surrogate, features, gaps[id(surrogate.features)]) for surrogate in surrogates)
+        if id(surrogate.factor) not in shares:
+            shares[id(surrogate.factor)] = _share(surrogate, features, gaps[id(surrogate.features)])
+    return tuple(_correct(surrogate, features, shares[id(surrogate.factor)]) for surrogate in surrogates)
 
 
-def _correct(surrogate: Surrogate, features: Features, gap: _Distances) -> Correction:
+def _share(surrogate: Surrogate, features: Features, gap: _Distances) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Covariance with the observations, the same half-solved, and standard deviations of width 1."""
     prior, cross = _prior_variance(features, surrogate.hyper), _kernel(gap, surrogate.hyper)
     solved = solve_triangular(surrogate.factor, cross, lower=True, check_finite=False) if len(cross) else cross
     variance = np.maximum(prior - np.einsum("ij,ij->j", solved, solved), 1e-12)
+    return cross, solved, floats(np.sqrt(variance))
+
+
+def _correct(surrogate: Surrogate, features: Features, share: tuple[FloatArray, FloatArray, FloatArray]) -> Correction:
+    cross, solved, stddev = share
     return Correction(
         mean=surrogate.weights @ cross,
-        stddev=surrogate.width * np.sqrt(variance),
+        stddev=surrogate.width * stddev,
         surrogate=surrogate,
         features=features,
         solved=solved,
     )
+
+
+def alike(leader: Surrogate, log_ratio: ArrayLike) -> Surrogate:
+    """The surrogate of another metric of the observations of `leader`, under its hyperparameters and outliers."""
+    target = floats(log_ratio)
+    weights = cho_solve((leader.factor, True), target, check_finite=False) if len(target) else target
+    return replace(leader, log_ratio=target, weights=weights)
 
 
 def fit(

@@ -36,6 +36,7 @@ from perf_model.surrogate import (
     condition,
     correct_all,
     fit,
+    grown,
     interval_width,
     with_width,
 )
@@ -315,14 +316,14 @@ def _believing(surrogates: Mapping[str, Surrogate], added: Features) -> dict[str
     """`surrogates` after observations of `added` at their means; what they shared of each other they go on sharing."""
     corrections = correct_all(list(surrogates.values()), added)
     joined: dict[int, Features] = {}
-    grown: dict[int, Surrogate] = {}
+    leaders: dict[int, Surrogate] = {}
     believed: dict[str, Surrogate] = {}
     for (metric, surrogate), correction in zip(surrogates.items(), corrections, strict=True):
         target = np.concatenate([surrogate.log_ratio, correction.mean])
         features = joined.setdefault(id(surrogate.features), surrogate.features.joined(added))
-        if id(surrogate.factor) in grown:
-            believed[metric] = with_width(alike(grown[id(surrogate.factor)], target), surrogate.width)
+        if id(surrogate.factor) in leaders:
+            believed[metric] = with_width(alike(leaders[id(surrogate.factor)], target), surrogate.width)
         else:
-            believed[metric] = condition(features, target, surrogate.hyper, width=surrogate.width)
-            grown[id(surrogate.factor)] = believed[metric]
+            believed[metric] = grown(surrogate, features, target)
+            leaders[id(surrogate.factor)] = believed[metric]
     return believed

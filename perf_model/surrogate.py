@@ -262,6 +262,18 @@ def alike(leader: Surrogate, log_ratio: ArrayLike) -> Surrogate:
     return replace(leader, log_ratio=target, weights=weights)
 
 
+def grown(surrogate: Surrogate, features: Features, log_ratio: ArrayLike) -> Surrogate:
+    """`surrogate` after further observations, under its hyperparameters; none of them is looked at as an outlier.
+
+    `features` and `log_ratio` hold the old observations first.
+    """
+    target = floats(log_ratio)
+    added = np.full(len(target) - len(surrogate.log_ratio), surrogate.hyper.noise**2)
+    noise = np.concatenate([surrogate.noise_variance, added])
+    factor, weights = _solve(_kernel(_distances(features, features), surrogate.hyper), noise, target)
+    return replace(surrogate, features=features, log_ratio=target, noise_variance=noise, factor=factor, weights=weights)
+
+
 def fit(
     features: Features,
     log_ratio: ArrayLike,

@@ -114,7 +114,9 @@ class Screen:
         """
         appraiser = Appraiser(self._problem, request.trials, self.numpy_seed(request.number))
         if self._predict is None or request.is_unscreened:
-            return self._unscreened(self._holding(self._fresh(suggested, request), appraiser), request)
+            hopeful = self._holding(self._fresh(suggested, request), appraiser)
+            hopeful = hopeful or self._holding(self._fresh(self._sample(request), request), appraiser)
+            return self._unscreened(hopeful, request)
         pool = [*suggested, *self._warm_candidates(request), *self._around_front(request), *self._sample(request)]
         options = self._options(self._fresh(pool, request), request)
         if not options:

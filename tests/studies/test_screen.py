@@ -174,6 +174,17 @@ def test_a_family_that_failed_every_time_is_not_proposed_again_and_again(tmp_pat
     assert max(failures) < 16, "and not later either"
 
 
+def test_what_failed_every_time_is_not_proposed_unscreened_either(tmp_path: Path) -> None:
+    family = [c for c in sample(200) if c.config.mode is Mode.DISAGGREGATED]
+    trials = [failed(number, candidate) for number, candidate in enumerate(family[:6])]
+    for predict in (None, biased_model()):
+        screen = make_screen(tmp_path, predict=predict)
+        for suggested in (family[6:9], []):
+            choice = screen.choose(suggested, request(19, trials))
+            assert choice.origin is Origin.UNSCREENED
+            assert choice.candidate.config.mode is Mode.AGGREGATED
+
+
 def test_what_is_being_measured_is_taken_for_measured_as_predicted(tmp_path: Path) -> None:
     screen = make_screen(tmp_path, predict=biased_model(1.0))
     default = measured(0, SPACE.default())

@@ -42,7 +42,8 @@ def measure_all_reduce(ranks: int, elements: Sequence[int], backend: str = "nccl
             process.kill()
     for process, (_, errors) in zip(running, ended, strict=True):
         if process.returncode:
-            raise TunerError(f"the all-reduce over {ranks} GPUs failed (code {process.returncode}): {errors[-500:]}")
+            last = errors.strip().splitlines()[-1:] or ["it said nothing"]
+            raise TunerError(f"the all-reduce over {ranks} GPUs failed (code {process.returncode}): {last[0]}")
     return [float(value) for value in json.loads(ended[0][0])]
 
 

@@ -37,7 +37,9 @@ SCATTER = 0.15
 TRIES = 3
 PASSES = 2
 """Passes over all points, of which the quieter one counts: what disturbs a node lasts longer than a point takes."""
-DECODE_GAPS = 24
+DECODE_TOKENS = (32, 64, 128, 256)
+"""Tokens of each sequence: more of them where requests reach the engine at different times."""
+LEAST_GAPS = 12
 
 
 class StepProbeError(TunerError):
@@ -158,11 +160,17 @@ class _Meter:
         return await self._point("prefill", 1, tokens, sample)
 
     async def _decode(self, client: StreamingClient, seqs: int, context: int) -> StepTiming:
-        prompt = max(context - DECODE_GAPS // 2, 1)
-
         async def sample() -> float:
-            tasks = [self._complete(client, prompt, DECODE_GAPS + seqs + 2) for _ in range(seqs)]
-            return _common_gap_ms(await asyncio.gather(*tasks))
+            for tokens in DECODE_TOKENS:
+                prompt = max(context - tokens // 2, 1)
+                answers = await asyncio.gather(*(self._complete(client, prompt, tokens) for _ in range(seqs)))
+                gap_ms = _common_gap_ms(answers)
+                if gap_ms is not None:
+                    return gap_ms
+            raise StepProbeError(
+                f"{seqs} sequences did not decode together for {LEAST_GAPS} steps within {DECODE_TOKENS[-1]} tokens: "
+                "requests reach the engine too late; is the node busy?"
+            )
 
         return await self._point("decode", seqs, context, sample)
 
@@ -228,21 +236,19 @@ class _Meter:
         return dict(json.loads(text))
 
 
-def _common_gap_ms(answers: Iterable[Answer]) -> float:
+def _common_gap_ms(answers: Iterable[Answer]) -> float | None:
     """Mean gap between tokens, in milliseconds, in the time in which all sequences decode; the median of streams.
 
-    The mean of a stream and no single gap: several tokens may come in one read.
+    The mean of a stream and no single gap: several tokens may come in one read. None where that time is too short.
     """
     streams = [answer.token_ns for answer in answers]
     start, end = max(stream[0] for stream in streams), min(stream[-1] for stream in streams)
     means: list[float] = []
     for stream in streams:
         inside = [at for at in stream if start <= at <= end]
-        if len(inside) > DECODE_GAPS // 2:
+        if len(inside) > LEAST_GAPS:
             means.append((inside[-1] - inside[0]) / (len(inside) - 1) / 1e6)
-    if not means:
-        raise StepProbeError(f"{len(streams)} sequences did not decode together for {DECODE_GAPS // 2} steps")
-    return median(means)
+    return median(means) if 2 * len(means) > len(streams) else None
 
 
 def _spread(values: list[float]) -> float:

@@ -42,6 +42,8 @@ PROBE_LIMIT_S = 1800.0
 FACTS_LIMIT_S = 180.0
 MOST_SEQUENCES = 32
 REPEATS, QUICK_REPEATS = 5, 3
+MOST_OUTPUT = 256
+"""Tokens that a measurement of decoding may ask for (`cluster.step_probe.DECODE_TOKENS`)."""
 _TABLES = {
     "prefill": PREFILL_TABLE,
     "decode": DECODE_TABLE,
@@ -94,10 +96,11 @@ def grid_of(study: StudyFile, pool: NodePool, *, quick: bool) -> Grid:
     most = min(max(slots), MOST_SEQUENCES, int(max(study.workload.loads)) if study.workload.concurrency else max(slots))
     middle = isl.mean + osl.mean // 2
     contexts = (middle, longest) if quick else (max(isl.mean // 2, 16), middle, longest)
+    room = max(_model_context(study) - MOST_OUTPUT, 1)
     prompts = {16, isl.mean, *(n for n in (32, 64, 128, 256, 512, 1024, 2048, 4096) if n <= max(2 * isl.mean, 128))}
     return Grid(
-        prompts=tuple(sorted(n for n in prompts if n + osl.mean <= _model_context(study))),
-        decodes=tuple(product(_doubling(most), sorted(set(contexts)))),
+        prompts=tuple(sorted({min(n, room) for n in prompts})),
+        decodes=tuple(product(_doubling(most), sorted({min(n, room) for n in contexts}))),
         threads=tuple(int(n) for n in values("threads") if int(n) <= pool.devices_per_node),
         cache_types=tuple(str(word) for word in values("kv_cache_dtype")),
         micro_batches=tuple(int(n) for n in values("ubatch_size")),
@@ -217,7 +220,7 @@ def probe_of(made: CoreCollection, part: Part) -> StepProbe:
     from cluster.step_probe import StepProbe
 
     slots = max((seqs for seqs, _ in part.decodes), default=1)
-    longest = max((*part.prompts, *(context for _, context in part.decodes), made.problem.workload.isl.mean))
+    longest = max((*part.prompts, *(context for _, context in part.decodes)))
     options = {p.name: p.default for p in LLAMACPP.parameters} | {
         "max_num_seqs": slots,
         "threads": part.threads,
@@ -233,10 +236,10 @@ def probe_of(made: CoreCollection, part: Part) -> StepProbe:
             devices_per_rank=part.threads,
             options=make_options(LLAMACPP.repair(options)),
         ),
-        workload=Workload(isl=Length(mean=longest), osl=Length(mean=64 + slots)),
+        workload=Workload(isl=Length(mean=longest), osl=Length(mean=MOST_OUTPUT)),
         model_dir=str(cache_directory() / "models"),
         prompts=part.prompts,
         decodes=part.decodes,
-        hand_over_tokens=made.problem.workload.isl.mean if part.prompts else None,
+        hand_over_tokens=min(made.problem.workload.isl.mean, max(part.prompts)) if part.prompts else None,
         repeats=made.grid.repeats,
     )

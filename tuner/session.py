@@ -33,6 +33,7 @@ from tuner.stored import find_history, make_report
 from tuner.study_errors import StudyFileError
 from tuner.study_file import differences, dump_study, parse_study
 from tuner.study_schema import StudyFile
+from tuner.table_places import own_notes
 from tuner.wiring import make_budget, make_limits, make_predictor, make_problem, make_rule, make_space
 from tuner.wording import number
 
@@ -88,6 +89,8 @@ def _run(
     with connect(problem, place) as cluster:
         devices = _known_devices(file, problem, place, cluster, observer)
         problem = make_problem(file, devices)
+        for line in own_notes(problem):
+            observer.note(line)
         model = LearningModel(_taught(make_predictor(problem, file), storage, place, file, problem, observer))
         setup = _setup(file, place, stored, problem, model, cluster.trials_at_once)
         study = open_study(storage, setup, lease) if history else create_study(storage, setup, lease)

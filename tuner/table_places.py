@@ -184,3 +184,13 @@ def _systems_of(pool: NodePool, known: dict[str, str]) -> list[str]:
     key = _pool_key(pool)
     here = [] if key else [system_of_cpu(cpu_model())]
     return here + ([known[key]] if key in known else [])
+
+
+def own_notes(problem: Problem) -> list[str]:
+    """What of the user's own tables is used for `problem`, in words; empty where nothing is."""
+    notes = [
+        f"pool {name}: predictions use the steps collected on {node.system} ({node.folder})"
+        for name, node in measured_nodes(problem).items()
+    ]
+    tables = tables_of(problem)
+    return [*notes, *([f"predictions use {tables.text}"] if tables.own else [])]

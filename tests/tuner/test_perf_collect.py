@@ -45,7 +45,7 @@ from tuner.collect_table import CollectedTable
 from tuner.collecting import LOCAL_STUDY, Wanted, collect
 from tuner.predict import look_out
 from tuner.study_file import parse_study
-from tuner.table_places import measured_nodes, remember_pool
+from tuner.table_places import measured_nodes, own_notes, remember_pool
 from tuner.wiring import UNMEASURED_CORE, make_problem
 
 GPU = """
@@ -274,6 +274,8 @@ def test_predictions_use_what_was_collected_of_a_labelled_pool(steps_root: Path)
     remember_pool(steps_root, problem.node_pools[0], "cpu_x")
     after = look_out(study, top=0)
     assert list(measured_nodes(problem)) == ["local"]
+    (line,) = own_notes(problem)
+    assert line.startswith("pool local: predictions use the steps collected on cpu_x")
     assert any("steps collected on cpu_x" in note for note in after.notes)
     assert any("NOT MEASURED" in note for note in before.notes)
     first, second = before.defaults[0], after.defaults[0]

@@ -113,7 +113,10 @@ BAD = {
         changed("{trials: 16, wall_time: 4m}", "16"),
         ["budget", "16 is of type int, but must be a mapping", "{trials: 16, wall_time: 4m}"],
     ),
-    "two models": (GOOD + "model: {preset: tiny, gguf: x.gguf}\n", ["model", "exactly one of preset, gguf, name and config"]),
+    "two models": (
+        GOOD + "model: {preset: tiny, gguf: x.gguf}\n",
+        ["model", "exactly one of preset, gguf, name and config"],
+    ),
     "mode": (
         GOOD + "space: {modes: [agregated]}\n",
         ["space.modes.0", "'agregated' is no choice", "did you mean aggregated?"],

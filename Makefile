@@ -1,6 +1,7 @@
 # Two commands for newcomers: `make demo` and `make test`. Each does all of its own set-up in .venv.
 #   make demo    tune real prefill and decode replicas on this machine's CPU (a few minutes)
-#   make test    run every test (real engines and a real Ray cluster included)
+#   make test    the tests, real engines and a real Ray cluster included (under ten minutes)
+#   make test-long   whole studies on clusters, killed and detached (some minutes more)
 #   make lint    formatting, lint, types and import layers
 #   make lock    make the pinned requirement files anew from pyproject.toml
 #   make clean   remove .venv, caches and the demonstration's data
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint lock clean check-python
+.PHONY: demo test test-long lint lock clean check-python
 
 demo: $(VENV)/.installed
 	$(BIN)/tuner study run examples/quickstart.yaml
@@ -23,7 +24,10 @@ demo: $(VENV)/.installed
 	@echo "       examples/quickstart.yaml                    the study file, explained: change it, or --set a key"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
+
+test-long: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.janitor import tagged_processes
 
-pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.long, pytest.mark.timeout(420)]
 
 CHAOS = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 

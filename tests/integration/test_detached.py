@@ -22,7 +22,7 @@ from tests.support.cli_study import TUNER, CliStudy
 from tests.support.postgres import PASSWORD, PostgresServer
 from tests.support.ray_head import RayHead, ray_head
 
-pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.long, pytest.mark.timeout(420)]
 
 TOKEN = "0123456789abcdef" * 4
 SECRETS = (PASSWORD, TOKEN)

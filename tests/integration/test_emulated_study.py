@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.long, pytest.mark.timeout(420)]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "emulated-70b.yaml"
 TUNER = [sys.executable, "-m", "tuner.cli"]

@@ -30,7 +30,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.ray
 @pytest.mark.engine
-@pytest.mark.slow
+@pytest.mark.long
 class TestThreeGpuTypes:
     def test_prefill_and_decode_land_on_their_gpu_types(self, answers: dict[str, Any]) -> None:
         apart = answers["apart"]

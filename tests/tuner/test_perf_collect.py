@@ -317,7 +317,7 @@ def test_processors_have_names_of_tables() -> None:
     assert system_of_cpu("Intel(R) Xeon(R) Platinum 8481C @ 2.70GHz") == "cpu_intel_r_xeon_r_platinum_8481c_2_70ghz"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.engine
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="the extra llamacpp is not installed")

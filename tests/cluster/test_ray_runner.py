@@ -285,7 +285,7 @@ def test_a_trial_waits_for_the_devices_of_the_runners_own_trials(make_runner: Ma
     limits = TimeLimits(placement_s=5.0, start_s=60, measure_s=60, stop_s=10)
     waiting = runner.start(request("w1", aggregated(), tmp_path, limits=limits))
     stopped = runner.start(request("w2", aggregated(max_num_seqs=2), tmp_path, limits=limits))
-    deadline = time.monotonic() + 2.5
+    deadline = time.monotonic() + limits.placement_s + 1.5
     while time.monotonic() < deadline:
         state = runner.poll(waiting)
         assert isinstance(state, Running)

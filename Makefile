@@ -1,6 +1,6 @@
 # Two commands for newcomers: `make demo` and `make test`. Each does all of its own set-up in .venv.
 #   make demo    tune real prefill and decode replicas on this machine's CPU (a few minutes)
-#   make test    the tests, real engines and a real Ray cluster included (under ten minutes)
+#   make test    the tests, real engines and a real Ray cluster included (some minutes)
 #   make test-long   whole studies on clusters, killed and detached (some minutes more)
 #   make lint    formatting, lint, types and import layers
 #   make lock    make the pinned requirement files anew from pyproject.toml

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from search_spaces.engines.base import EngineParameter, EngineSpec
+from search_spaces.engines.vllm import VLLM
 from search_spaces.hardware import DeviceKind
 from search_spaces.serving import OptionValue
 
@@ -43,20 +44,8 @@ EMULATED = EngineSpec(
             unit="tokens",
             meaning="tokens that one step may hold (--max-num-batched-tokens)",
         ),
-        EngineParameter(
-            name="enable_chunked_prefill",
-            choices=(True, False),
-            default=True,
-            unit="switch",
-            meaning="prompts are computed in parts beside decoding sequences (--enable-chunked-prefill)",
-        ),
-        EngineParameter(
-            name="enable_prefix_caching",
-            choices=(True, False),
-            default=True,
-            unit="switch",
-            meaning="blocks of earlier prompts are used again (--enable-prefix-caching)",
-        ),
+        VLLM.parameter("enable_chunked_prefill"),
+        VLLM.parameter("enable_prefix_caching"),
         EngineParameter(
             name="kv_cache_dtype",
             choices=("auto", "fp8"),

@@ -6,6 +6,8 @@ imported here, as each actor is a new interpreter that a deployment waits for.
 
 from __future__ import annotations
 
+import hashlib
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,7 +18,7 @@ from cluster.node_facts import NodeFacts, cpu_model, gpu_models, machine_id, usa
 from cluster.processes import ManagedProcess, Tags, free_port, wait_until_answers
 from search_spaces.errors import InvalidValueError
 from search_spaces.model import ModelSpec
-from search_spaces.outcome import Failure, FailureReason
+from search_spaces.outcome import Failure, FailureReason, LaunchedProcess
 from search_spaces.serving import Pool
 from search_spaces.workload import Workload
 
@@ -43,23 +45,24 @@ class ReplicaJob:
         """The replica's log file."""
         return self.work_dir / f"{self.pool.role}-{self.index}.log"
 
-    def command(self, host: str, port: int, device_ids: tuple[int, ...]) -> LaunchCommand:
-        """The process; raises what the backend raises for a bad configuration."""
-        return self.backend.replica_command(
-            ReplicaSpec(
-                trial=self.trial,
-                pool=self.pool,
-                index=self.index,
-                host=host,
-                port=port,
-                model=_prepared(self.backend, self.model, self.model_dir),
-                workload=self.workload,
-                device_ids=device_ids,
-                work_dir=self.work_dir,
-                shared_dir=self.shared_dir,
-                peer=self.peer,
-            )
+    def launch(self, host: str, port: int, device_ids: tuple[int, ...]) -> tuple[LaunchCommand, LaunchedProcess]:
+        """The process and its record; raises what the backend raises for a bad configuration."""
+        spec = ReplicaSpec(
+            trial=self.trial,
+            pool=self.pool,
+            index=self.index,
+            host=host,
+            port=port,
+            model=_prepared(self.backend, self.model, self.model_dir),
+            workload=self.workload,
+            device_ids=device_ids,
+            work_dir=self.work_dir,
+            shared_dir=self.shared_dir,
+            peer=self.peer,
         )
+        command = self.backend.replica_command(spec)
+        record = launched(self.log.stem, command, spec, work_dir=self.work_dir)
+        return command, replace(record, device_ids=device_ids, model_source=spec.model.source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +78,12 @@ class RouterJob:
         """The router's log file."""
         return self.work_dir / "router.log"
 
-    def command(self, host: str, port: int, device_ids: tuple[int, ...]) -> LaunchCommand:
-        """The process."""
+    def launch(self, host: str, port: int, device_ids: tuple[int, ...]) -> tuple[LaunchCommand, LaunchedProcess]:
+        """The process and its record."""
         del device_ids
-        return self.backend.router_command(replace(self.spec, host=host, port=port))
+        spec = replace(self.spec, host=host, port=port)
+        command = self.backend.router_command(spec)
+        return command, launched(self.log.stem, command, spec, work_dir=self.work_dir)
 
 
 Job = ReplicaJob | RouterJob
@@ -86,10 +91,27 @@ Job = ReplicaJob | RouterJob
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """A process that serves."""
+    """A process that serves; `launched` is how it was started."""
 
     url: str
     pid: int
+    launched: LaunchedProcess
+
+
+def launched(name: str, command: LaunchCommand, spec: ReplicaSpec | RouterSpec, *, work_dir: Path) -> LaunchedProcess:
+    """The record of the process `command`, started on this machine as `spec` says."""
+    return LaunchedProcess(
+        name=name,
+        trial=spec.trial,
+        node=socket.gethostname(),
+        host=spec.host,
+        port=spec.port,
+        argv=command.argv,
+        env=dict(command.env),
+        files={path: hashlib.sha256(text.encode()).hexdigest() for path, text in command.files.items()},
+        work_dir=str(work_dir),
+        shared_dir=str(spec.shared_dir),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,13 +178,13 @@ class ProcessActor:
     def _serve_once(self, job: Job, seat: Seat, limit_s: float) -> Serving | Failure:
         port = free_port(seat.host)
         try:
-            command = job.command(seat.host, port, seat.device_ids)
+            command, record = job.launch(seat.host, port, seat.device_ids)
         except InvalidValueError as error:
             return Failure(reason=FailureReason.INVALID_FLAGS, detail=str(error))
         self._process = process = self._starter.submit(self._start, command, job.log, seat.cores).result()
         url = f"http://{seat.host}:{port}"
         if wait_until_answers(process, url + command.ready_path, limit_s):
-            return Serving(url=url, pid=process.pid)
+            return Serving(url=url, pid=process.pid, launched=record)
         if process.exit_code() is not None:
             return self._ended(process, job.backend, ready=False)
         reason = job.backend.classify(None, process.tail(), ready=False)
@@ -186,8 +208,6 @@ class ProcessActor:
 
 def node_facts() -> NodeFacts:
     """Facts of the node on which this actor runs."""
-    import socket
-
     import ray
 
     context = ray.get_runtime_context()

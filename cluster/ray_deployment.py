@@ -350,6 +350,7 @@ class RayDeployment:
             timings_s={"warm_up": outcome.warm_up_s, "measure": outcome.measure_s},
             artifacts={"request_timings": str(outcome.timings_path), **artifacts},
             emulated=self._backend.emulated,
+            processes=tuple(self._serving[b.name].launched for b in self._placement.bundles if b.name in self._serving),
         )
 
     def _explain(self, failure: Failure) -> Failure:

@@ -83,12 +83,37 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LaunchedProcess:
+    """A replica or router as it was started for a measurement, exact enough to start the same one elsewhere.
+
+    `trial` is the one that the deployment was started for (a warm deployment is measured for others too), `node` the
+    host's name, `host` and `port` where it listens, `device_ids` the GPUs or cores that it was given. `env` holds what
+    was added to the environment, `files` the SHA-256 of each file that was written for it, by path. `model_source` is
+    what a replica loaded, None for a router.
+    """
+
+    name: str
+    trial: str
+    node: str
+    host: str
+    port: int
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    device_ids: tuple[int, ...] = ()
+    work_dir: str
+    shared_dir: str
+    model_source: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """Figures measured on a real deployment.
 
     `timings_s` are the seconds of each phase (placement, start, warm_up, measure, stop; absent where a warm deployment
     was reused). `client_lateness_ms` is the p99 of how late the load client sent or read: the validity gate.
-    `environment` names engine, node and software versions. `artifacts` maps a name to a file path.
+    `environment` names engine, node and software versions. `artifacts` maps a name to a file path. `processes` are the
+    replicas in the order of their pools, then the router; empty where they were not recorded.
     """
 
     metrics: ServingMetrics
@@ -97,6 +122,7 @@ class Measurement:
     environment: Mapping[str, str] = field(default_factory=dict)
     artifacts: Mapping[str, str] = field(default_factory=dict)
     emulated: bool = False
+    processes: tuple[LaunchedProcess, ...] = ()
 
 
 Outcome = Measurement | Failure

@@ -19,11 +19,13 @@ class LaunchCommand:
     """A process to start.
 
     `argv` is an argument vector (never a shell string), `env` goes on top of the caller's environment, and
-    `ready_path` answers 200 over HTTP when the process serves.
+    `ready_path` answers 200 over HTTP when the process serves. `files` are the texts, by path, of the files that were
+    written for it into its work folder and that `argv` names: whoever starts it elsewhere writes them there.
     """
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
     ready_path: str = "/health"
 
 
@@ -101,4 +103,25 @@ class EngineBackend(Protocol):
 
     def version(self) -> str:
         """Version of the engine, as installed."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpCall:
+    """A request without a body to a replica, below its base URL; any 2xx answer says that it was done."""
+
+    path: str
+    method: str = "POST"
+
+
+@runtime_checkable
+class ResetsCaches(Protocol):
+    """A backend whose replicas can forget earlier prompts while they are up.
+
+    A deployment that stays up for a next measurement is reset before it, so that no run answers from the caches of
+    the run before.
+    """
+
+    def reset_calls(self, pool: Pool) -> tuple[HttpCall, ...]:
+        """What makes an idle replica of `pool` forget every earlier prompt; empty where it keeps none."""
         ...

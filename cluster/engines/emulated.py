@@ -83,8 +83,9 @@ class EmulatedBackend:
             )
         replica.work_dir.mkdir(parents=True, exist_ok=True)
         path = replica.work_dir / f"{role}-{replica.index}.spec.json"
-        path.write_text(json.dumps(self._spec(replica), indent=1), encoding="utf-8")
-        return LaunchCommand(argv=(sys.executable, "-m", _SERVER, "--spec", str(path)))
+        text = json.dumps(self._spec(replica), indent=1)
+        path.write_text(text, encoding="utf-8")
+        return LaunchCommand(argv=(sys.executable, "-m", _SERVER, "--spec", str(path)), files={str(path): text})
 
     def _spec(self, replica: ReplicaSpec) -> dict[str, object]:
         pool, workload = replica.pool, replica.workload

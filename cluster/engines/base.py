@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from search_spaces.errors import require
 from search_spaces.model import ModelSpec
 from search_spaces.outcome import FailureReason
 from search_spaces.problem import Problem
@@ -30,12 +31,51 @@ class LaunchCommand:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplicaSpec:
-    """One replica to launch on a node.
+class ReplicaPart:
+    """The share of one node in a replica that spans several.
 
-    `device_ids` are the GPU indices, or the cores, that the replica may use; `work_dir` is its own folder, and
+    `rank` counts the replica's nodes. The one of rank 0 leads: it alone serves HTTP, and is ready when the whole
+    replica is. `hosts` are the nodes' addresses and `devices` the devices on each, both by rank. The parts may meet at
+    `rendezvous_port` of the leader's address, which was free a moment ago.
+    """
+
+    rank: int
+    hosts: tuple[str, ...]
+    devices: tuple[int, ...]
+    rendezvous_port: int
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.hosts) == len(self.devices) >= 2,
+            f"a replica that spans nodes has two or more, each with its devices; got {self.hosts} and {self.devices}",
+        )
+        require(0 <= self.rank < len(self.hosts), f"rank={self.rank} must be in [0, {len(self.hosts)})")
+
+    @property
+    def leads(self) -> bool:
+        """True for the part that serves HTTP."""
+        return self.rank == 0
+
+    @property
+    def leader_host(self) -> str:
+        """The address of the part that leads."""
+        return self.hosts[0]
+
+    @property
+    def first_device(self) -> int:
+        """Devices of the parts before this one."""
+        return sum(self.devices[: self.rank])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaSpec:
+    """One replica to launch on a node, or a node's part of one.
+
+    `device_ids` are the GPU indices, or the cores, that the process may use; `work_dir` is its own folder, and
     `shared_dir` one that all replicas of the deployment see (KV hand-over by file). `peer` is the other pool of a
-    disaggregated deployment, None where aggregated.
+    disaggregated deployment, None where aggregated. `part` is None for a replica that is whole. Clients send `api_key`
+    as a bearer token: it belongs into the environment of the process (which holds it as TUNER_API_KEY anyway), never
+    into `argv`.
     """
 
     trial: str
@@ -49,11 +89,16 @@ class ReplicaSpec:
     work_dir: Path
     shared_dir: Path
     peer: Pool | None = None
+    part: ReplicaPart | None = None
+    api_key: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSpec:
-    """The router of a deployment: base URLs of its replicas by role (`mixed_urls` where it is aggregated)."""
+    """The router of a deployment: base URLs of its replicas by role (`mixed_urls` where it is aggregated).
+
+    Replicas and clients of the router want `api_key`, as of a replica.
+    """
 
     trial: str
     host: str
@@ -65,6 +110,7 @@ class RouterSpec:
     prefill_pool: Pool | None = None
     decode_pool: Pool | None = None
     shared_dir: Path
+    api_key: str | None = field(default=None, repr=False)
 
 
 @runtime_checkable
@@ -73,6 +119,24 @@ class PerDeployment(Protocol):
 
     def for_deployment(self, config: ServingConfig, problem: Problem) -> EngineBackend:
         """The backend for the deployment of `config`: what it has worked out travels with it."""
+        ...
+
+
+@runtime_checkable
+class SpansNodes(Protocol):
+    """A backend whose replicas may span nodes: its `replica_command` heeds `ReplicaSpec.part`."""
+
+    def span_refusal(self, pool: Pool, devices: tuple[int, ...]) -> str | None:
+        """Why a replica of `pool` cannot be split over nodes with so many devices each, None where it can be."""
+        ...
+
+
+@runtime_checkable
+class NeedsSharedFolder(Protocol):
+    """A backend whose replicas hand something over through files in `ReplicaSpec.shared_dir`."""
+
+    def needs_shared_folder(self, config: ServingConfig) -> bool:
+        """True where replicas of `config` that are on several nodes must see one folder."""
         ...
 
 

@@ -192,6 +192,7 @@ class ProcessActor:
         return Failure(reason=reason, detail=detail, log_tail=process.tail())
 
     def _start(self, command: LaunchCommand, log: Path, cores: tuple[int, ...]) -> ManagedProcess:
+        command.write_files()
         env = {**command.env, **self._tags.environment()}
         return ManagedProcess(argv=command.argv, env=env, log=log, cores=cores)
 

@@ -102,6 +102,7 @@ def measure_steps(probe: StepProbe) -> list[StepTiming]:
             shared_dir=Path(folder),
         )
         command = probe.backend.replica_command(spec)
+        command.write_files()
         process = ManagedProcess(argv=command.argv, env=command.env, log=Path(folder) / "replica.log", cores=own)
         try:
             if not wait_until_answers(process, f"http://{HOST}:{port}{command.ready_path}", START_LIMIT_S):

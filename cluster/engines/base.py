@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from cluster.device_memory import DeviceMemory
 from search_spaces.errors import require
 from search_spaces.model import ModelSpec
 from search_spaces.outcome import FailureReason
@@ -20,14 +21,20 @@ class LaunchCommand:
     """A process to start.
 
     `argv` is an argument vector (never a shell string), `env` goes on top of the caller's environment, and
-    `ready_path` answers 200 over HTTP when the process serves. `files` are the texts, by path, of the files that were
-    written for it into its work folder and that `argv` names: whoever starts it elsewhere writes them there.
+    `ready_path` answers 200 over HTTP when the process serves. `files` are the texts, by path, of the files that
+    `argv` names: whoever starts it writes them first.
     """
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     ready_path: str = "/health"
+
+    def write_files(self) -> None:
+        """Write `files`, making their folders."""
+        for path, text in self.files.items():
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +82,7 @@ class ReplicaSpec:
     `shared_dir` one that all replicas of the deployment see (KV hand-over by file). `peer` is the other pool of a
     disaggregated deployment, None where aggregated. `part` is None for a replica that is whole. Clients send `api_key`
     as a bearer token: it belongs into the environment of the process (which holds it as TUNER_API_KEY anyway), never
-    into `argv`.
+    into `argv`. `node` is the cluster's name for the node.
     """
 
     trial: str
@@ -91,6 +98,7 @@ class ReplicaSpec:
     peer: Pool | None = None
     part: ReplicaPart | None = None
     api_key: str | None = field(default=None, repr=False)
+    node: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +145,24 @@ class NeedsSharedFolder(Protocol):
 
     def needs_shared_folder(self, config: ServingConfig) -> bool:
         """True where replicas of `config` that are on several nodes must see one folder."""
+        ...
+
+
+@runtime_checkable
+class OwnDevices(Protocol):
+    """A backend whose devices are not the node's: it says itself how much of their memory is in use."""
+
+    def device_memory(self, node: str, device_ids: tuple[int, ...]) -> tuple[DeviceMemory, ...]:
+        """Memory of the devices of `node`, called on that node."""
+        ...
+
+
+@runtime_checkable
+class NeedsHostMemory(Protocol):
+    """A backend whose replicas live in the memory of the host."""
+
+    def host_memory_bytes(self, replica: ReplicaSpec) -> float:
+        """Bytes of weights and KV cache of a replica, called on its node after `prepare`."""
         ...
 
 

@@ -81,10 +81,8 @@ class EmulatedBackend:
             raise InvalidValueError(
                 f"the emulated engine has no profile of a {role} replica; call for_deployment first"
             )
-        replica.work_dir.mkdir(parents=True, exist_ok=True)
         path = replica.work_dir / f"{role}-{replica.index}.spec.json"
         text = json.dumps(self._spec(replica), indent=1)
-        path.write_text(text, encoding="utf-8")
         return LaunchCommand(argv=(sys.executable, "-m", _SERVER, "--spec", str(path)), files={str(path): text})
 
     def _spec(self, replica: ReplicaSpec) -> dict[str, object]:

@@ -95,7 +95,9 @@ def replica(
     peer = None if peer_role is None else replace(own, role=peer_role)
     spec = replica_spec(directory, own, peer, **changes)
     url = f"http://127.0.0.1:{spec.port}"
-    with child(engine.replica_command(spec).argv, directory / f"{own.role}-{spec.port}.log") as process:
+    command = engine.replica_command(spec)
+    command.write_files()
+    with child(command.argv, directory / f"{own.role}-{spec.port}.log") as process:
         if healthy:
             wait_until_healthy(url, process)
         yield url, process

@@ -93,7 +93,9 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
     with replica(tmp_path, engine, pool()) as (url, _):
         taken = int(url.rsplit(":", 1)[1])
         spec = replica_spec(tmp_path, pool(), port=taken, index=1)
-        with child(engine.replica_command(spec).argv, tmp_path / "second.log") as second:
+        command = engine.replica_command(spec)
+        command.write_files()
+        with child(command.argv, tmp_path / "second.log") as second:
             code = second.wait(BOOT_LIMIT_S)
             assert engine.classify(code, second.log, ready=False) is FailureReason.TRANSPORT
 
@@ -234,8 +236,8 @@ def test_a_plan_strikes_one_replica_of_a_trial(tmp_path: Path) -> None:
     for own, peer in ((Role.PREFILL, Role.DECODE), (Role.DECODE, Role.PREFILL)):
         for index in range(2):
             spec = replica_spec(tmp_path, pools[own], pools[peer], index=index)
-            written = json.loads(Path(engine.replica_command(spec).argv[-1]).read_text())
-            struck.append(written["fault"])
+            (text,) = engine.replica_command(spec).files.values()
+            struck.append(json.loads(text)["fault"])
     assert sum(fault is not None for fault in struck) == 1
 
 

@@ -23,6 +23,8 @@ from search_spaces.serving import Pool
 from search_spaces.workload import Workload
 
 PORT_TRIES = 3
+REDACTED = "***"
+"""Stands for an API key in the record of a process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +101,20 @@ class Serving:
 
 
 def launched(name: str, command: LaunchCommand, spec: ReplicaSpec | RouterSpec, *, work_dir: Path) -> LaunchedProcess:
-    """The record of the process `command`, started on this machine as `spec` says."""
+    """The record of the process `command`, started on this machine as `spec` says; the API key is not written down."""
+
+    def redacted(text: str) -> str:
+        return text.replace(spec.api_key, REDACTED) if spec.api_key else text
+
     return LaunchedProcess(
         name=name,
         trial=spec.trial,
         node=socket.gethostname(),
         host=spec.host,
         port=spec.port,
-        argv=command.argv,
-        env=dict(command.env),
-        files={path: hashlib.sha256(text.encode()).hexdigest() for path, text in command.files.items()},
+        argv=tuple(map(redacted, command.argv)),
+        env={key: redacted(value) for key, value in command.env.items()},
+        files={path: hashlib.sha256(redacted(text).encode()).hexdigest() for path, text in command.files.items()},
         work_dir=str(work_dir),
         shared_dir=str(spec.shared_dir),
     )

@@ -283,14 +283,21 @@ class RayAccess:
 
     def runner(self, study: str) -> TrialRunner:
         """A runner whose working files lie beside the study."""
-        from cluster.engines.llamacpp import LlamaCppBackend
         from cluster.ray_runner import RayTrialRunner
 
-        backends: dict[str, EngineBackend] = {"llamacpp": LlamaCppBackend()}
-        if is_emulated(self.study):
-            backends["emulated"] = emulated_backend(self.study, make_problem(self.study))
+        backends = make_backends(self.study, make_problem(self.study))
         work_dir = self.place.deployments(study)
         return RayTrialRunner(study=study, backends=backends, cluster=self.cluster, work_dir=work_dir)
+
+
+def make_backends(study: StudyFile, problem: Problem) -> dict[str, EngineBackend]:
+    """The engines that `study` may launch, by name."""
+    from cluster.engines.llamacpp import LlamaCppBackend
+
+    backends: dict[str, EngineBackend] = {"llamacpp": LlamaCppBackend()}
+    if is_emulated(study):
+        backends["emulated"] = emulated_backend(study, problem)
+    return backends
 
 
 def emulated_backend(study: StudyFile, problem: Problem) -> EmulatedBackend:

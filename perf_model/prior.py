@@ -295,8 +295,7 @@ class Prior:
 
 def occasion(predicted: Predicted) -> Occasion:
     """The load of a measured run and what was predicted, as arrays of one element."""
-    run, pool = predicted.run, predicted.run.pools[-1]
-    users = run.concurrency / (pool.layout.dp * pool.layout.pp * pool.replicas)
-    values = (users, run.isl, run.osl, predicted.ttft_ms, predicted.tpot_ms)
+    run = predicted.run
+    values = (run.rank_users, run.isl, run.osl, predicted.ttft_ms, predicted.tpot_ms)
     users_, isl, osl, ttft, tpot = (floats([value]) for value in values)
     return Occasion(users=users_, isl=isl, osl=osl, ttft_ms=ttft, tpot_ms=tpot)

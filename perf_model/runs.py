@@ -33,8 +33,24 @@ WORDS_OF_PRECISION = {"nvfp4": "fp4", "fp8": "fp8", "fp8_block": "fp8", "bfloat1
 
 
 @dataclass(frozen=True, kw_only=True)
+class Speculation:
+    """Speculative decoding of a run: a step checks `drafted` tokens beside the last one and yields `accepted`.
+
+    `accepted` is net of the time that drafting takes.
+    """
+
+    drafted: float = 0.0
+    accepted: float = 1.0
+
+
+PLAIN = Speculation()
+# Tokens that come of a step with three drafted tokens and with one (fitted to the runs that draft; random prompts).
+THREE, ONE = Speculation(drafted=3.0, accepted=2.2), Speculation(drafted=1.0, accepted=1.4)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunPool:
-    """One role of a run: its layout and, for disaggregated runs, its replicas."""
+    """One role of a run: its layout and its replicas."""
 
     layout: ReplicaLayout
     replicas: int = 1
@@ -46,7 +62,7 @@ class Run:
 
     `length_share` is the mean of lengths over `isl` and `osl`, `burst_share` the share of requests that meet as the
     first ones do, `admission_steps` the steps between the scheduler's looks at its queue (0: as its engine does),
-    `client_ms` what the client adds to TTFT.
+    `client_ms` what the client adds to TTFT. `concurrency` counts the requests in flight on all replicas together.
     """
 
     id: str
@@ -68,6 +84,13 @@ class Run:
     length_share: float = LENGTH_SHARE
     burst_share: float = BURST_SHARE
     client_ms: float = 0.0
+    speculation: Speculation = PLAIN
+
+    @property
+    def rank_users(self) -> float:
+        """Requests in flight on an attention rank of the pool that decodes."""
+        pool = self.pools[-1]
+        return self.concurrency / (pool.layout.dp * pool.layout.pp * pool.replicas)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +143,7 @@ def _run(row: Mapping[str, str]) -> Run | Unpredictable:
         length_share=LENGTH_SHARE if _drawn(row) else 1.0,
         burst_share=BURST_SHARE if _drawn(row) else EQUAL_BURST_SHARE.get(row["engine"], BURST_SHARE),
         client_ms=0.0 if _drawn(row) else EQUAL_CLIENT_MS,
+        speculation=_speculation(row, pools[-1].layout),
     )
 
 
@@ -147,7 +171,8 @@ def _concurrency(row: Mapping[str, str], mode: Mode) -> float:
 
 def _pools(row: Mapping[str, str], mode: Mode) -> tuple[RunPool, ...]:
     if mode is Mode.AGGREGATED:
-        return (RunPool(layout=run_layout(row, "")),)
+        layout = run_layout(row, "")
+        return (RunPool(layout=layout, replicas=_replicas(row)),)
     pools = []
     for role in ("prefill_", "decode_"):
         workers = _number(row, f"{role}num_workers")
@@ -155,6 +180,25 @@ def _pools(row: Mapping[str, str], mode: Mode) -> tuple[RunPool, ...]:
             raise InvalidValueError(f"{role}num_workers is empty; fill it in")
         pools.append(RunPool(layout=run_layout(row, role), replicas=int(workers)))
     return tuple(pools)
+
+
+def _replicas(row: Mapping[str, str]) -> int:
+    """Replicas of an aggregated run: `batch_size` counts the requests of a rank, concurrency those of all replicas."""
+    batch, users = _number(row, "batch_size"), _number(row, "concurrency")
+    if math.isnan(batch) or math.isnan(users) or batch < 1:
+        return 1
+    return max(round(users / (batch * _size(row, "attention_dp_size") * _size(row, "pp_size"))), 1)
+
+
+def _speculation(row: Mapping[str, str], layout: ReplicaLayout) -> Speculation:
+    """Speculative decoding, which no column tells, where the public recipe of a run drafts.
+
+    The image of TensorRT-LLM 1.2.0rc6.post3 is that of the recipes dsr1-fp4-b200-trt-mtp and dsr1-fp8-b200-trt-mtp
+    alone: three drafted tokens, one where attention is data-parallel.
+    """
+    if row["engine"] == "trtllm" and row.get("engine_version") == "1.2.0rc6.post3":
+        return THREE if layout.dp == 1 else ONE
+    return PLAIN
 
 
 def run_layout(row: Mapping[str, str], role: str) -> ReplicaLayout:

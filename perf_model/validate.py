@@ -125,7 +125,7 @@ def _aggregated(runs: list[Run], replica: GpuReplica) -> list[Predicted]:
         pp=replica.key.layout.pp,
         dp=replica.key.layout.dp,
         ep=replica.key.layout.ep,
-        users=[run.concurrency for run in runs],
+        users=[run.concurrency / runs[0].pools[0].replicas for run in runs],
         isl=[run.isl * run.length_share for run in runs],
         osl=[run.osl * run.length_share for run in runs],
         token_budget=replica.traits.token_budget,
@@ -133,6 +133,8 @@ def _aggregated(runs: list[Run], replica: GpuReplica) -> list[Predicted]:
         stream_tokens=[run.stream_tokens for run in runs],
         admission_steps=[run.admission_steps for run in runs],
         client_ms=[run.client_ms for run in runs],
+        accepted=[run.speculation.accepted for run in runs],
+        drafted=[run.speculation.drafted for run in runs],
     )
     most = replica.most_sequences(rows.isl, rows.osl, rows.token_budget)
     _require_room(most, replica)

@@ -18,6 +18,7 @@ COLUMNS = [
     "model",
     "system",
     "engine",
+    "engine_version",
     "precision",
     "mode",
     "isl",
@@ -125,6 +126,25 @@ def test_batch_size_stands_in_for_concurrency(tmp_path: Path) -> None:
     runs = read_runs(written(tmp_path, {"concurrency": "", "batch_size": "16", "attention_dp_size": "2"}))
     assert isinstance(runs[0], Run)
     assert runs[0].concurrency == 32
+
+
+def test_replicas_of_a_run_are_read_from_the_requests_of_a_rank(tables: Path, tmp_path: Path) -> None:
+    """`batch_size` counts the requests of a rank: 64 in flight at 8 each are 8 replicas, each with 8 users."""
+    path = written(tmp_path, {"id": "one", "concurrency": "8"}, {"id": "eight", "concurrency": "64", "batch_size": "8"})
+    one, eight = validate(path, Silicon(tables)).predictions
+    assert eight[1:] == pytest.approx(one[1:])
+    runs = read_runs(written(tmp_path, {"concurrency": "64", "batch_size": "16", "attention_dp_size": "4"}))
+    assert isinstance(runs[0], Run)
+    assert (runs[0].pools[0].replicas, runs[0].rank_users) == (1, 16)
+
+
+def test_recipes_that_draft_tokens_are_known_by_their_image(tmp_path: Path) -> None:
+    row = {"engine": "trtllm", "engine_version": "1.2.0rc6.post3"}
+    drafting, parallel, plain = read_runs(
+        written(tmp_path, row, row | {"attention_dp_size": "2"}, {"engine": "trtllm", "engine_version": "1.2.0rc6"})
+    )
+    found = [run.speculation.drafted for run in (drafting, parallel, plain) if isinstance(run, Run)]
+    assert found == [3.0, 1.0, 0.0]
 
 
 def test_unknown_precisions_are_told(tmp_path: Path) -> None:

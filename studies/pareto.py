@@ -1,6 +1,7 @@
 """Pareto front and hypervolume of measured trials, computed by moocore.
 
-Points are rows of objective values in the study's order; `directions` says for each column which way is better.
+Points are rows of objective values in the study's order; `directions` says for each column which way is better. A
+candidate that was measured several times has one point: the mean of its runs (see `studies.repeats`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from search_spaces.errors import require
 from search_spaces.metrics import Direction
 from studies.records import TrialRecord, TrialStatus
+from studies.repeats import candidates_of
 
 Points = NDArray[np.float64]
 
@@ -36,11 +38,12 @@ def points_of(trials: Sequence[TrialRecord]) -> Points:
 
 
 def front(trials: Sequence[TrialRecord], directions: Sequence[Direction]) -> tuple[TrialRecord, ...]:
-    """The feasible measured trials that no other dominates, best first in the first objective.
+    """The feasible measured candidates that no other dominates, best first in the first objective.
 
-    Trials with equal objective values are ties: all of them are kept.
+    Each is the record of its first run with the means of all (`studies.repeats.Runs.record`). Those with equal
+    objective values are ties: all of them are kept.
     """
-    feasible = [trial for trial in trials if trial.feasible]
+    feasible = [trial for trial in candidates_of(trials) if trial.feasible]
     if not feasible:
         return ()
     points = points_of(feasible)
@@ -90,7 +93,8 @@ def hypervolume_history(
 ) -> tuple[HypervolumePoint, ...]:
     """Hypervolume of the front after each finished trial, in the order in which they ended.
 
-    The front is kept up step by step, so that n trials cost n small fronts.
+    The front is kept up step by step, so that n trials cost n small fronts; a repeat moves a mean, so that the front is
+    taken anew then. Only a repeat can make the hypervolume fall.
     """
     against = reference if reference is not None else study_reference(trials, directions)
     if against is None:
@@ -100,11 +104,19 @@ def hypervolume_history(
     value = 0.0
     finished = sorted((trial for trial in trials if trial.is_finished), key=_end_order)
     for count, trial in enumerate(finished, start=1):
-        if trial.feasible:
+        if trial.is_repeat:
+            best = _front_points(finished[:count], directions)
+            value = hypervolume(best, against, directions)
+        elif trial.feasible:
             best = nondominated(np.vstack([best, points_of([trial])]), directions)
             value = hypervolume(best, against, directions)
         history.append(HypervolumePoint(number=trial.number, finished=count, hypervolume=value))
     return tuple(history)
+
+
+def _front_points(trials: Sequence[TrialRecord], directions: Sequence[Direction]) -> Points:
+    feasible = [trial for trial in candidates_of(sorted(trials, key=lambda trial: trial.number)) if trial.feasible]
+    return nondominated(points_of(feasible), directions) if feasible else np.empty((0, len(directions)))
 
 
 def nondominated(points: Points, directions: Sequence[Direction]) -> Points:

@@ -2,8 +2,8 @@
 
 User attributes (JSON) of schema version 1:
 
-- `proposal`: schema, candidate and its key, origin, prediction made before measuring, attempt, losses, retry_of, lease,
-  expected_gain;
+- `proposal`: schema, candidate and its key, origin, prediction made before measuring, attempt, losses, retry_of,
+  repeat_of, lease, expected_gain;
 - `status`: one of `TrialStatus`, for people who read the storage with other tools;
 - `outcome`: the measurement or failure, with the ids of its artefacts. Writing it is the point of no return of `tell`:
   a coordinator that dies later finds it and finishes the trial, one that dies earlier leaves nothing to finish;
@@ -33,13 +33,23 @@ PROPOSAL, STATUS, OUTCOME, METRICS, VIOLATIONS = "proposal", "status", "outcome"
 
 
 class Origin(StrEnum):
-    """Where a proposal came from: `unscreened` ones skip the model's choice, so that its bias shows."""
+    """Where a proposal came from: `unscreened` ones skip the model's choice, so that its bias shows.
+
+    `control` and `confirm` measure again what was measured before (see `studies.repeats`).
+    """
 
     DEFAULT = "default"
     SEED = "seed"
     SCREENED = "screened"
     UNSCREENED = "unscreened"
     WARM = "warm"
+    CONTROL = "control"
+    CONFIRM = "confirm"
+
+    @property
+    def is_repeat(self) -> bool:
+        """True where the trial repeats an earlier one on purpose: it is no new candidate."""
+        return self in (Origin.CONTROL, Origin.CONFIRM)
 
 
 class TrialStatus(StrEnum):
@@ -57,8 +67,9 @@ class Plan:
     """A proposal as it is stored.
 
     `attempt` counts the tries after faults of the infrastructure, from 1; `losses` how often its coordinator died.
-    `retry_of` is the number of the trial that it repeats. `lease` is the id of the lease under which it is measured,
-    None while it waits. `expected_gain` is what the screen expected of its best candidate: growth of the hypervolume,
+    `retry_of` is the number of the lost trial that it stands for, `repeat_of` that of the measured trial whose
+    candidate it measures again on purpose. `lease` is the id of the lease under which it is measured, None while it
+    waits. `expected_gain` is what the screen expected of its best candidate: growth of the hypervolume,
     relative to what is held; None where it did not choose by that.
     """
 
@@ -69,6 +80,7 @@ class Plan:
     attempt: int = 1
     losses: int = 0
     retry_of: int | None = None
+    repeat_of: int | None = None
     lease: str | None = None
     expected_gain: float | None = None
     schema: int = SCHEMA
@@ -76,6 +88,10 @@ class Plan:
     def __post_init__(self) -> None:
         require(self.attempt >= 1, f"attempt={self.attempt} must be at least 1")
         require(self.losses >= 0, f"losses={self.losses} must not be negative")
+        require(
+            self.origin.is_repeat == (self.repeat_of is not None),
+            f"origin {self.origin} with repeat_of={self.repeat_of}: a repeat, and only that, names what it repeats",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +125,7 @@ class TrialRecord:
     attempt: int = 1
     losses: int = 0
     retry_of: int | None = None
+    repeat_of: int | None = None
     lease: str | None = None
     expected_gain: float | None = None
     artifact_ids: Mapping[str, str] = field(default_factory=dict)
@@ -126,8 +143,13 @@ class TrialRecord:
         return self.outcome if isinstance(self.outcome, Failure) else None
 
     @property
+    def is_repeat(self) -> bool:
+        """True where the trial measures again on purpose what an earlier one measured."""
+        return self.repeat_of is not None
+
+    @property
     def is_finished(self) -> bool:
-        """True where the trial counts towards the budget: measured, or failed through its own configuration."""
+        """True where the trial was measured, or failed through its own configuration."""
         return self.status in (TrialStatus.MEASURED, TrialStatus.FAILED)
 
     @property
@@ -185,6 +207,7 @@ def decode_trial(trial: FrozenTrial) -> TrialRecord:
         attempt=plan.attempt if plan else 1,
         losses=plan.losses if plan else 0,
         retry_of=plan.retry_of if plan else None,
+        repeat_of=plan.repeat_of if plan else None,
         lease=plan.lease if plan else None,
         expected_gain=plan.expected_gain if plan else None,
         artifact_ids=ids,

@@ -23,7 +23,7 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Limits of a study: finished trials over its whole life, wall time of this run, lost trials in a row.
+    """Limits of a study: finished candidates over its whole life, wall time of this run, lost trials in a row.
 
     `min_gain` ends the study when each of the last `patience` screened proposals came with a smaller expected growth of
     the hypervolume, relative to what was held; None for no such limit.
@@ -47,6 +47,7 @@ class Budget:
 class Progress:
     """How far a study is.
 
+    `finished` and `running` count candidates; repeats on purpose count apart, in `repeats` once they are finished.
     `lost_in_a_row` counts the lost trials since the last finished one, by number. `expected_gains` are those that the
     screen stated, of finished trials by number (see `studies.records.Plan`).
     """
@@ -57,6 +58,7 @@ class Progress:
     lost: int
     lost_in_a_row: int
     expected_gains: tuple[float, ...] = ()
+    repeats: int = 0
 
     def little_gain(self, least: float, patience: int) -> bool:
         """True where each of the last `patience` expected gains is below `least`, and there are so many."""
@@ -73,12 +75,13 @@ def progress_of(trials: Sequence[TrialRecord]) -> Progress:
         elif trial.status is TrialStatus.LOST and not _lost_its_coordinator(trial):
             in_a_row += 1
     return Progress(
-        finished=sum(trial.is_finished for trial in trials),
-        running=sum(trial.status is TrialStatus.RUNNING for trial in trials),
+        finished=sum(trial.is_finished and not trial.is_repeat for trial in trials),
+        running=sum(trial.status is TrialStatus.RUNNING and not trial.is_repeat for trial in trials),
         waiting=sum(trial.status is TrialStatus.WAITING for trial in trials),
         lost=sum(trial.status is TrialStatus.LOST for trial in trials),
         lost_in_a_row=in_a_row,
         expected_gains=tuple(t.expected_gain for t in trials if t.is_finished and t.expected_gain is not None),
+        repeats=sum(trial.is_finished and trial.is_repeat for trial in trials),
     )
 
 

@@ -44,11 +44,14 @@ measurements = st.builds(
     artifacts=text_maps,
     emulated=st.booleans(),
 )
+of_origin = st.tuples(st.sampled_from([o for o in Origin if not o.is_repeat]), st.none()) | st.tuples(
+    st.sampled_from([Origin.CONTROL, Origin.CONFIRM]), st.integers(0, 99)
+)
 plans = st.builds(
-    Plan,
+    lambda pair, **fields: Plan(origin=pair[0], repeat_of=pair[1], **fields),
+    of_origin,
     candidate=candidates,
     key=texts,
-    origin=st.sampled_from(Origin),
     prediction=st.none() | predictions,
     attempt=st.integers(1, 9),
     losses=st.integers(0, 9),

@@ -1,9 +1,11 @@
 """How many measurements a search needs: ours against Optuna's samplers, on recorded surfaces.
 
-    python benchmarks/search_efficiency.py --measurements measured_serving.csv
+    python benchmarks/search_efficiency.py --measurements measured_serving.csv [--seeds 20] [--cache FOLDER] [--json]
 
-Every sampler sees identical answers. See docs/search.md for how tables are made, how samplers are shown a table and how
-hypervolume is counted.
+Every sampler sees identical answers: those of serving runs on GPUs (`--measurements`) and those of a surface of the
+embedded engine that `benchmarks/measure_surface.py` has measured (`--surface`). See docs/search.md for how tables are
+made, how samplers are shown a table and how hypervolume is counted. Results are kept in `--cache`, so that a run that
+was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -12,230 +14,197 @@ import argparse
 import json
 import os
 import sys
-import time
-from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
-import optuna
 from rich.console import Console
-from rich.table import Table as RichTable
 
-from benchmarks.search.figures import EARLY, TARGETS, Run, Yardstick, replay
-from benchmarks.search.modelled import CorrectedSearch, Modelled, learn_priors, model_order, with_prior
-from benchmarks.search.priors import Prior, file_prior, own_prior
-from benchmarks.search.samplers import random_order, sampler_order
-from benchmarks.search.tables import Recording, measured_tables, read_measurements
+from benchmarks.search.figures import Yardstick
+from benchmarks.search.jobs import (
+    DETERMINISTIC,
+    GP,
+    MODEL,
+    NSGA2,
+    OURS,
+    RANDOM,
+    TPE,
+    Job,
+    Result,
+    complete_seeds,
+    known_results,
+    perform_kept,
+)
+from benchmarks.search.modelled import Modelled, learn_priors, with_prior
+from benchmarks.search.priors import file_prior, own_prior
+from benchmarks.search.report import ORACLE, Findings
+from benchmarks.search.surface import read_surface
+from benchmarks.search.tables import measured_tables, read_measurements
 from perf_model.surrogate import HyperPrior
 
-OURS, MODEL, RANDOM, NSGA2 = "ours", "model alone", "random", "nsga2"
-OTHERS = ("tpe", "gp")
-DETERMINISTIC = (MODEL,)
+SURFACE = Path(__file__).resolve().parent / "data" / "embedded_surface.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One search on one table with one seed."""
+class Subjects:
+    """The tables with what is believed of them beforehand, and lines that say how they were made."""
 
-    modelled: Modelled
-    priors: tuple[HyperPrior, ...]
-    searcher: str
-    seed: int
-    logarithmic: bool
+    modelled: tuple[Modelled, ...]
+    priors: dict[str, tuple[HyperPrior, ...]]
+    facts: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What came of a job."""
-
-    table: str
-    searcher: str
-    seed: int
-    run: Run
-    seconds: float
-
-
-def perform(job: Job) -> Result:
-    """Replay one search."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    table = job.modelled.table
-    yardstick = Yardstick(table, logarithmic=job.logarithmic)
-    began = time.perf_counter()
-    forecasts = None
-    if job.searcher == OURS:
-        search = CorrectedSearch(modelled=job.modelled, priors=job.priors, seed=job.seed)
-        order, forecasts = search.order(), search.forecasts
-    elif job.searcher == MODEL:
-        order = model_order(job.modelled)
-    elif job.searcher == RANDOM:
-        order = random_order(table, job.seed)
-    else:
-        order = sampler_order(table, job.searcher, job.seed)
-    run = replay(yardstick, order, forecasts)
-    return Result(table=table.name, searcher=job.searcher, seed=job.seed, run=run, seconds=time.perf_counter() - began)
-
-
-def make_jobs(recording: Recording, prior: Prior, searchers: dict[str, int], logarithmic: bool) -> list[Job]:
-    """The jobs of every table; the hyperparameters of ours are learnt from the tables of other models only."""
-    modelled = [with_prior(table, *prior.of(table.rows["id"])) for table in recording.tables]
-    priors = {
-        model: learn_priors([m for m in modelled if m.table.model != model])
-        for model in {m.table.model for m in modelled}
-    }
-    return [
-        Job(modelled=m, priors=priors[m.table.model], searcher=name, seed=seed, logarithmic=logarithmic)
-        for name, seeds in searchers.items()
-        for m in modelled
-        for seed in range(1 if name in DETERMINISTIC else seeds)
-    ]
-
-
-def summary(results: list[Result], oracle: dict[str, Run]) -> dict[str, object]:
-    """Medians over tables and seeds, by searcher, and what the issue asks of them."""
-    by_searcher: dict[str, list[Run]] = defaultdict(list)
-    seconds: dict[str, float] = defaultdict(float)
-    for result in results:
-        by_searcher[result.searcher].append(result.run)
-        seconds[result.searcher] += result.seconds
-    by_searcher["oracle"] = list(oracle.values())
-    searchers = {name: _medians(runs) | {"seconds": round(seconds[name], 1)} for name, runs in by_searcher.items()}
-    return {"searchers": searchers, "criteria": _criteria(searchers, by_searcher.get(OURS, []))}
-
-
-def _medians(runs: list[Run]) -> dict[str, float]:
-    needed = np.array([run.needed for run in runs], float)
-    medians = {f"to_{target:.0%}": float(np.median(needed[:, i])) for i, target in enumerate(TARGETS)}
-    return medians | {f"regret_after_{EARLY}": float(np.median([run.early_regret for run in runs]))}
-
-
-def _criteria(searchers: dict[str, dict[str, float]], ours: list[Run]) -> list[dict[str, object]]:
-    if not ours:
-        return []
-    mine, rivals = searchers[OURS], {name: searchers[name] for name in (RANDOM, *OTHERS) if name in searchers}
-    found: list[dict[str, object]] = []
-
-    def add(what: str, value: float, limit: float, *, least: float = 0.0) -> None:
-        found.append({"criterion": what, "value": value, "limit": limit, "met": bool(least <= value <= limit)})
-
-    if NSGA2 in searchers:
-        add("to 95%: ours / NSGA-II alone", mine["to_95%"] / searchers[NSGA2]["to_95%"], 1 / 5)
-    if rivals:
-        add("to 95%: ours / best other sampler", mine["to_95%"] / min(r["to_95%"] for r in rivals.values()), 1 / 2)
-        add("to 99%: ours / best other sampler", mine["to_99%"] / min(r["to_99%"] for r in rivals.values()), 1 / 3)
-    add(f"regret after {EARLY} measurements", mine[f"regret_after_{EARLY}"], 0.05)
-    late = [run.forecasts[EARLY:] for run in ours if len(run.forecasts) > EARLY]
-    if late:
-        errors = np.median([np.median([f.error for f in run], axis=0) for run in late], axis=0)
-        add(f"TPOT one-step-ahead error after {EARLY}", float(errors[1]), 0.08)
-        add(f"TTFT one-step-ahead error after {EARLY}", float(errors[0]), 0.20)
-        add("coverage of 90% intervals", float(np.mean([f.covered for run in late for f in run])), 0.95, least=0.85)
-    return found
-
-
-def paired(results: list[Result]) -> dict[str, float]:
-    """Median over tables of (median of ours / median of NSGA-II alone) to the first target: another way to count."""
-    needed: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for result in results:
-        needed[result.table, result.searcher].append(result.run.needed[0])
-    tables = {table for table, searcher in needed if searcher == OURS}
-    return {
-        name: float(np.median([np.median(needed[t, OURS]) / np.median(needed[t, name]) for t in tables]))
-        for name in {searcher for _, searcher in needed} - {OURS}
-        if all((t, name) in needed for t in tables)
-    }
-
-
-def show(report: dict[str, object], results: list[Result], oracle: dict[str, Run]) -> None:
-    """Print the tables for people."""
-    console = Console(width=150)
-    console.print(f"Prior: {report['prior']}")
-    console.print(f"Hypervolume: {report['hypervolume']}")
-    for reason, count in report["left_out"].items():  # type: ignore[attr-defined]
-        console.print(f"Rows left out or merged: {count} ({reason})")
-    names = list(report["searchers"])  # type: ignore[call-overload]
-    columns = RichTable("table", "rows", *names, title="Measurements to 95% / 99% of the table's hypervolume (medians)")
-    runs: dict[tuple[str, str], list[Run]] = defaultdict(list)
-    for result in results:
-        runs[result.table, result.searcher].append(result.run)
-    for table, size in report["tables"].items():  # type: ignore[attr-defined]
-        cells = [_cell([oracle[table]] if name == "oracle" else runs[table, name]) for name in names]
-        columns.add_row(table, str(size), *cells)
-    columns.add_row("median", "", *[_median_cell(report["searchers"][name]) for name in names])  # type: ignore[index]
-    console.print(columns)
-    verdicts = RichTable("criterion", "value", "limit", "met")
-    for item in report["criteria"]:  # type: ignore[attr-defined]
-        verdicts.add_row(item["criterion"], f"{item['value']:.3f}", f"{item['limit']:.3f}", str(item["met"]))
-    console.print(verdicts)
-    console.print("Paired (median over tables of ours / other, to 95%):", report["paired"])
-
-
-def _cell(runs: list[Run]) -> str:
-    medians = _medians(runs) if runs else None
-    return f"{medians['to_95%']:.0f} / {medians['to_99%']:.0f}" if medians else "-"
-
-
-def _median_cell(medians: dict[str, float]) -> str:
-    return f"{medians['to_95%']:g} / {medians['to_99%']:g}, {medians[f'regret_after_{EARLY}']:.1%}"
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--measurements", type=Path, help="serving runs with the columns of measured_serving.csv")
-    parser.add_argument(
-        "--predictions", type=Path, help="raw predictions in place of our model's: id, ttft_ms, tpot_ms"
-    )
-    parser.add_argument("--tables", type=Path, help="operation tables of our model; the installed ones by default")
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--gp-seeds", type=int, default=3, help="Optuna's GP takes minutes a run; 0 leaves it out")
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--log-hypervolume", action="store_true", help="count hypervolume on logarithmic objectives")
-    parser.add_argument("--assume-one-worker", action="store_true", help="keep rows whose worker counts are unknown")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the benchmark."""
-    options = parse(arguments)
-    if options.measurements is None:
-        print("give --measurements", file=sys.stderr)
-        return 2
+def recorded(options: argparse.Namespace) -> Subjects:
+    """Tables of serving runs; the surrogate's hyperparameters are learnt from the tables of other models only."""
     rows = read_measurements(options.measurements)
     recording = measured_tables(rows, assume_one_worker=options.assume_one_worker)
     if options.predictions:
         prior = file_prior(rows, options.predictions)
     else:
         prior = own_prior(rows, options.measurements, options.tables)
-    searchers = {OURS: options.seeds, MODEL: 1, RANDOM: options.seeds, NSGA2: options.seeds, "tpe": options.seeds}
-    if options.gp_seeds and find_spec("torch") is None:
-        print("Optuna's GP sampler needs torch, which is not installed: left out (pip install torch)", file=sys.stderr)
-    elif options.gp_seeds:
-        searchers["gp"] = options.gp_seeds
-    jobs = make_jobs(recording, prior, searchers, options.log_hypervolume)
-    with ProcessPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(perform, jobs))
-    oracle = {t.name: Yardstick(t, logarithmic=options.log_hypervolume).oracle() for t in recording.tables}
-    scale = "logarithmic" if options.log_hypervolume else "linear"
-    report: dict[str, object] = {
-        "prior": prior.label,
-        "hypervolume": f"{scale} objectives scaled by the table's front; reference point 10% beyond its nadir",
-        "left_out": recording.left_out,
-        "tables": {table.name: len(table) for table in recording.tables},
-        **summary(results, oracle),
-        "paired": paired(results),
+    modelled = tuple(with_prior(table, *prior.of(table.rows["id"])) for table in recording.tables)
+    priors = {
+        model: learn_priors([m for m in modelled if m.table.model != model])
+        for model in {m.table.model for m in modelled}
     }
+    left_out = [f"{options.measurements.name}: {count} rows: {reason}" for reason, count in recording.left_out.items()]
+    facts = (f"prior of the tables of {options.measurements.name}: {prior.label}", *left_out)
+    return Subjects(modelled=modelled, priors=priors, facts=facts)
+
+
+def measured(path: Path) -> Subjects:
+    """The measured surface of the embedded engine."""
+    surface = read_surface(path)
+    table = surface.modelled.table
+    priors = tuple(HyperPrior() for _ in table.metrics)
+    return Subjects(modelled=(surface.modelled,), priors={table.model: priors}, facts=surface.facts)
+
+
+def subjects(options: argparse.Namespace) -> Subjects:
+    """All tables."""
+    parts = [recorded(options)] if options.measurements else []
+    if options.surface.exists():
+        parts.append(measured(options.surface))
+    return Subjects(
+        modelled=tuple(m for part in parts for m in part.modelled),
+        priors={model: priors for part in parts for model, priors in part.priors.items()},
+        facts=tuple(fact for part in parts for fact in part.facts),
+    )
+
+
+def make_jobs(found: Subjects, searcher: str, seeds: int, *, logarithmic: bool, limit: int | None) -> list[Job]:
+    """Jobs of one searcher, all tables with the first seed first."""
+    return [
+        Job(
+            modelled=modelled,
+            priors=found.priors[modelled.table.model],
+            searcher=searcher,
+            seed=seed,
+            logarithmic=logarithmic,
+            limit=limit,
+        )
+        for seed in range(1 if searcher in DETERMINISTIC else seeds)
+        for modelled in found.modelled
+    ]
+
+
+def all_jobs(found: Subjects, options: argparse.Namespace) -> list[Job]:
+    """Jobs of the searchers that were asked for; Optuna's GP, which takes minutes a run, comes last."""
+    jobs: list[Job] = []
+    for name in (OURS, MODEL, RANDOM, NSGA2, TPE, GP):
+        if options.only and name not in options.only:
+            continue
+        seeds, limit = (options.gp_seeds, options.gp_limit) if name == GP else (options.seeds, None)
+        jobs += make_jobs(found, name, seeds, logarithmic=options.log_hypervolume, limit=limit)
+    return jobs
+
+
+def carry_out(jobs: Sequence[Job], options: argparse.Namespace) -> tuple[list[Result], list[str]]:
+    """Results of `jobs`, and what must be said of them. Without torch, GP counts as far as it is in the cache."""
+    has_torch = find_spec("torch") is not None
+    waiting = [job for job in jobs if job.searcher != GP or has_torch]
+    with ProcessPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(partial(perform_kept, cache=options.cache), waiting))
+    notes = []
+    gp_jobs = [job for job in jobs if job.searcher == GP]
+    if gp_jobs and not has_torch:
+        results += known_results(gp_jobs, options.cache)
+        notes.append("Optuna's GP sampler needs torch, which is not installed (pip install torch): only kept results")
+    if gp_jobs:
+        notes.append(f"Optuna's GP sampler ends after {options.gp_limit} measurements, which then count as enough")
+    return complete_seeds(results, list(dict.fromkeys(job.modelled.table.name for job in jobs))), notes
+
+
+def findings(found: Subjects, options: argparse.Namespace) -> Findings:
+    """Run everything."""
+    results, notes = carry_out(all_jobs(found, options), options)
+    for modelled in found.modelled:
+        run = Yardstick(modelled.table, logarithmic=options.log_hypervolume).oracle()
+        results.append(Result(table=modelled.table.name, searcher=ORACLE, seed=0, run=run, seconds=0.0))
+    scale = "logarithmic" if options.log_hypervolume else "linear"
+    counted = f"hypervolume: {scale} objectives scaled by the table's front; reference point 10% beyond its nadir"
+    return Findings(
+        facts=(*found.facts, counted, *notes),
+        sizes={modelled.table.name: len(modelled.table) for modelled in found.modelled},
+        results=tuple(results),
+    )
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--measurements", type=Path, help="serving runs with the columns of measured_serving.csv")
+    parser.add_argument("--surface", type=Path, default=SURFACE, help="measured surface of the embedded engine")
+    parser.add_argument(
+        "--predictions", type=Path, help="raw predictions in place of our model's: id, ttft_ms, tpot_ms"
+    )
+    parser.add_argument("--tables", type=Path, help="operation tables of our model; the installed ones by default")
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--gp-seeds", type=int, default=2, help="Optuna's GP takes minutes a run; 0 leaves it out")
+    parser.add_argument("--gp-limit", type=int, default=60, help="measurements after which a run of Optuna's GP ends")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--only", nargs="+", metavar="SEARCHER", help="these searchers only")
+    parser.add_argument("--cache", type=Path, help="folder that keeps the results of single runs")
+    parser.add_argument("--log-hypervolume", action="store_true", help="count hypervolume on logarithmic objectives")
+    parser.add_argument("--assume-one-worker", action="store_true", help="keep rows whose worker counts are unknown")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--out", type=Path, help="write the figures to OUT.json and the printed tables to OUT.md")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark."""
+    options = parse(arguments)
+    found = subjects(options)
+    if not found.modelled:
+        print(f"nothing to replay: give --measurements; there is no surface at {options.surface}", file=sys.stderr)
+        return 2
+    report = findings(found, options)
     if options.json:
-        print(json.dumps(report, indent=1))
+        print(json.dumps(report.to_json(), indent=1))
     else:
-        show(report, results, oracle)
+        report.show(Console(width=160))
+    if options.out:
+        write(report, options.out)
     return 0
+
+
+def write(report: Findings, out: Path) -> None:
+    """The figures as JSON, and as people read them."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    with out.with_suffix(".md").open("w", encoding="utf-8") as stream:
+        stream.write(
+            "# Search efficiency\n\nPrinted by `python benchmarks/search_efficiency.py`; see docs/search.md.\n\n```\n"
+        )
+        report.show(Console(width=160, file=stream, no_color=True))
+        stream.write("```\n")
 
 
 if __name__ == "__main__":

@@ -59,17 +59,24 @@ class Yardstick:
 class Run:
     """One search on one table.
 
-    `needed` are measurements to each of TARGETS, `early_regret` the share of hypervolume missed after EARLY
-    measurements (or when the run ended, where that was earlier).
+    `needed` are measurements to each of TARGETS (those made, where the run ended before it was `reached`),
+    `early_regret` the share of hypervolume missed after EARLY measurements (or when the run ended, where that was
+    earlier).
     """
 
     needed: tuple[int, ...]
+    reached: tuple[bool, ...]
     early_regret: float
     forecasts: tuple[Forecast, ...] = field(default=())
 
 
-def replay(yardstick: Yardstick, order: Iterable[int], forecasts: list[Forecast] | None = None) -> Run:
-    """Follow `order` until the last target is reached, and to FORECASTS_UNTIL where it writes `forecasts`."""
+def replay(
+    yardstick: Yardstick, order: Iterable[int], forecasts: list[Forecast] | None = None, *, limit: int | None = None
+) -> Run:
+    """Follow `order` until the last target is reached, and to FORECASTS_UNTIL where it writes `forecasts`.
+
+    It ends after `limit` measurements whatever was reached.
+    """
     least = 0 if forecasts is None else FORECASTS_UNTIL
     rows: list[int] = []
     needed: list[int] = []
@@ -80,7 +87,12 @@ def replay(yardstick: Yardstick, order: Iterable[int], forecasts: list[Forecast]
         early = share if len(rows) <= EARLY else early
         while len(needed) < len(TARGETS) and share >= TARGETS[len(needed)] - 1e-12:
             needed.append(len(rows))
-        if len(needed) == len(TARGETS) and len(rows) >= least:
+        if (len(needed) == len(TARGETS) and len(rows) >= least) or len(rows) == limit:
             break
-    needed += [len(rows)] * (len(TARGETS) - len(needed))
-    return Run(needed=tuple(needed), early_regret=1.0 - early, forecasts=tuple((forecasts or ())[:least]))
+    missing = len(TARGETS) - len(needed)
+    return Run(
+        needed=(*needed, *[len(rows)] * missing),
+        reached=(True,) * len(needed) + (False,) * missing,
+        early_regret=1.0 - early,
+        forecasts=tuple((forecasts or ())[:least]),
+    )

@@ -17,7 +17,7 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from benchmarks.search.tables import CATEGORIES, Table, parameter_columns, to_minimise
+from benchmarks.search.tables import Table, parameter_columns, to_minimise
 
 PATIENCE = 30
 
@@ -36,7 +36,7 @@ class TableSpace:
         self.names = parameter_columns(table)
         self.codes = np.stack([_codes(table, name) for name in self.names], axis=1)
         self.levels = self.codes.max(0) + 1
-        self.numeric = np.array([name not in CATEGORIES for name in self.names])
+        self.numeric = np.array([name not in table.categories for name in self.names])
         modes = table.rows["mode"].to_numpy()
         self._mode_column = self.names.index("mode") if "mode" in self.names else None
         self._mode_codes = modes
@@ -53,7 +53,7 @@ class TableSpace:
         wanted = np.array([params[name] for name in self.names])
         gap = np.abs(self.codes - wanted)
         scaled = np.where(self.numeric, gap / np.maximum(self.levels - 1, 1), gap > 0)
-        # A size of a role that the row does not have (code -1) is no difference.
+        # What the row does not have (code -1), a size of another role say, is no difference.
         scaled = np.where(self.codes < 0, 0.0, scaled)
         if self._mode_column is not None:
             scaled[:, self._mode_column] *= len(self.names)
@@ -62,12 +62,11 @@ class TableSpace:
 
 
 def _codes(table: Table, name: str) -> np.ndarray:
-    column = table.rows[name]
-    if name in CATEGORIES:
-        return np.unique(column.to_numpy().astype(str), return_inverse=True)[1].astype(int)
-    values = column.to_numpy(float)
-    known = np.unique(values[~np.isnan(values)])
-    return np.where(np.isnan(values), -1, np.searchsorted(known, values)).astype(int)
+    """Places among the known values (n,), -1 for what a row does not have."""
+    is_name = name in table.categories
+    values = table.rows[name].to_numpy().astype(str) if is_name else table.rows[name].to_numpy(float)
+    absent = values == "" if is_name else np.isnan(values)
+    return np.where(absent, -1, np.searchsorted(np.unique(values[~absent]), values)).astype(int)
 
 
 def sampler_order(table: Table, name: str, seed: int) -> Iterator[int]:
@@ -83,11 +82,15 @@ def sampler_order(table: Table, name: str, seed: int) -> Iterator[int]:
     while len(seen) < len(table):
         trial = study.ask(distributions)
         row = space.nearest(trial.params, rng)
-        study.tell(trial, values[row].tolist())
+        if table.started[row]:
+            study.tell(trial, values[row].tolist())
+        else:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
         idle = idle + 1 if row in seen else 0
         if idle >= PATIENCE:
             row, idle = int(rng.choice(sorted(set(range(len(table))) - seen))), 0
-            study.add_trial(_known_trial(space, row, distributions, values[row]))
+            if table.started[row]:
+                study.add_trial(_known_trial(space, row, distributions, values[row]))
         if row not in seen:
             seen.add(row)
             yield row

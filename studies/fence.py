@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,11 +33,26 @@ class FencedJournal(JournalFileBackend):
     def __init__(self, file_path: str, fence: Fence) -> None:
         super().__init__(file_path)
         self._fence = fence
+        self._collected: list[dict[str, Any]] | None = None
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Check, then append; see `optuna.storages.journal.BaseJournalBackend`."""
+        """Check, then append, or collect in a batch; see `optuna.storages.journal.BaseJournalBackend`."""
+        if self._collected is not None:
+            self._collected += logs
+            return
         self._fence.check()
         super().append_logs(logs)
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """A context whose lines are appended together at its end; none of them where it raises."""
+        self._collected = []
+        try:
+            yield
+            logs = self._collected
+        finally:
+            self._collected = None
+        self.append_logs(logs)
 
 
 def fence_database(engine: Engine, fence: Fence) -> None:

@@ -12,7 +12,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 
+from studies.batches import Batch, database_batch
 from studies.errors import StorageError, StorageLostError
 from studies.fence import Fence, FencedJournal, fence_database
 from studies.filesystems import network_file_system
@@ -53,13 +54,14 @@ _DRIVERS = {
 class Storage:
     """An open storage. `url` is fit to be shown; `dashboard_url` is what optuna-dashboard takes, secrets included.
 
-    Every write through `backend` passes `fence`.
+    Every write through `backend` passes `fence`. What is written in a `batch` arrives together or not at all.
     """
 
     url: str
     dashboard_url: str = field(repr=False)
     backend: BaseStorage
     fence: Fence = field(default_factory=Fence)
+    batch: Batch = field(default=nullcontext, repr=False)
 
 
 def open_storage(url: str) -> Storage:
@@ -117,14 +119,17 @@ def _open_journal(path: Path) -> Storage:
     _make_folder(path)
     fence = Fence()
     try:
-        backend = JournalStorage(FencedJournal(str(path), fence))
+        journal = FencedJournal(str(path), fence)
+        backend = JournalStorage(journal)
     except OSError as error:
         raise StorageError(
             f"journal file {path} cannot be opened ({error.strerror}); choose a writable path"
         ) from error
     except ValueError as error:
         raise StorageError(f"{path} is no journal of Optuna ({error}); choose another file") from error
-    return Storage(url=f"{JOURNAL_PREFIX}{path}", dashboard_url=f"{path}", backend=backend, fence=fence)
+    return Storage(
+        url=f"{JOURNAL_PREFIX}{path}", dashboard_url=f"{path}", backend=backend, fence=fence, batch=journal.batch
+    )
 
 
 def _open_database(url: str) -> Storage:
@@ -149,7 +154,8 @@ def _open_database(url: str) -> Storage:
         _tune_sqlite(database.engine)
     fence = Fence()
     fence_database(database.engine, fence)
-    return Storage(url=shown, dashboard_url=url, backend=get_storage(database), fence=fence)
+    backend = get_storage(database)
+    return Storage(url=shown, dashboard_url=url, backend=backend, fence=fence, batch=database_batch(database))
 
 
 def _make_database(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:

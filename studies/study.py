@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Self
 
 import optuna
-from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+from optuna.artifacts import FileSystemArtifactStore
 from optuna.study import StudyDirection
-from optuna.trial import TrialState as OptunaState
+from optuna.trial import FrozenTrial
 
 from search_spaces.engines import engine_spec
 from search_spaces.errors import require
@@ -45,8 +45,9 @@ from search_spaces.serving import Candidate, ServingConfig
 from search_spaces.space import Space
 from studies import pareto
 from studies.codec import Json, to_json
-from studies.constraints import constraint_names, failed_violations, measured_violations, write_constraints
+from studies.constraints import constraint_names, failed_violations, measured_violations
 from studies.errors import LeaseLostError, StudyExistsError, StudyFileChangedError
+from studies.generations import Generations
 from studies.history import (
     POPULATION,
     STUDY_FILE,
@@ -56,29 +57,25 @@ from studies.history import (
     load_optuna_study,
 )
 from studies.lease import Lease, take_lease
+from studies.mirror import Mirror
 from studies.predictions import PredictionLog
 from studies.records import (
     EMULATED,
     EMULATED_NOTE,
     METRICS,
-    OUTCOME,
     PROPOSAL,
     SCHEMA,
     STATUS,
-    VIOLATIONS,
     Origin,
     Plan,
     Proposal,
     TrialRecord,
     TrialStatus,
     decode_plan,
-    encode_outcome,
-    encode_plan,
 )
 from studies.samplers import (
     SamplerKind,
     ScreenedBreeding,
-    make_sampler,
     population_size,
     require_sampler,
     suggestions,
@@ -86,8 +83,11 @@ from studies.samplers import (
 from studies.screen import Choice, Predict, Request, Screen
 from studies.stopping import Progress, progress_of
 from studies.storage import Storage
+from studies.trial_writer import TrialWriter
 from studies.verdict import checked_outcome, pessimistic_values
 
+FIXED_PARAMS = "fixed_params"
+"""System attribute in which Optuna keeps what a queued trial was given."""
 MAX_ATTEMPTS = 3
 MAX_LOSSES = 10
 
@@ -173,17 +173,23 @@ class Study:
     def __init__(self, storage: Storage, setup: StudySetup, lease: Lease) -> None:
         self.setup = setup
         self.lease = lease
-        self._backend = storage.backend
         self._initialise(load_optuna_study(storage, setup.name))
-        self._study_id = storage.backend.get_study_id_from_name(setup.name)
+        study_id = storage.backend.get_study_id_from_name(setup.name)
         self.history = StudyHistory(storage, setup.name)
         _check_study_file(self.history.study_file, setup)
         self._log = PredictionLog(setup.directory / "predictions" / setup.name)
         self._screen = Screen(setup.problem, setup.space, setup.seed, setup.predict, self._log)
         self._breeding = ScreenedBreeding(setup.space, self._screen, self.history.population)
-        self._sampler = make_sampler(setup.seed, self.history.population, self._breeding)
-        self._study = load_optuna_study(storage, setup.name, self._sampler)
-        self._artifacts = FileSystemArtifactStore(setup.artifact_dir)
+        self._generations = Generations(self.directions, setup.seed, self._breeding, self.history.population)
+        setup.artifact_dir.mkdir(parents=True, exist_ok=True)
+        self._writer = TrialWriter(
+            storage=storage,
+            study_id=study_id,
+            space=setup.space,
+            lease=lease.id,
+            artifacts=FileSystemArtifactStore(setup.artifact_dir),
+        )
+        self._mirror = Mirror(storage.backend, study_id, seen=self._generations.add)
         self._enqueue_first()
 
     def _initialise(self, study: optuna.Study) -> None:
@@ -221,9 +227,8 @@ class Study:
         return known | {key}
 
     def _enqueue(self, plan: Plan) -> None:
-        """One write: the trial waits with all its parameters and its plan, or is not there at all."""
-        genotype = self.setup.space.encode(plan.candidate)
-        self._study.enqueue_trial(dict(genotype), user_attrs={PROPOSAL: encode_plan(plan)})
+        self._writer.queue(plan)
+        self._mirror.read_new()
 
     def _keys(self) -> set[str]:
         """Keys that must not be proposed: everything that waits, runs, is finished, or was given up."""
@@ -232,8 +237,8 @@ class Study:
     # ------------------------------------------------------------------------------------------------ reading
 
     def trials(self) -> tuple[TrialRecord, ...]:
-        """All trials by number."""
-        return self.history.trials()
+        """All trials by number, as of the last ask or tell."""
+        return tuple(self._mirror.records)
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -265,54 +270,51 @@ class Study:
         What waits goes first: defaults, seeds, repeats. Raises `SpaceExhausted` when nothing is left to propose.
         """
         self.lease.ensure()
+        self._mirror.read_new()
+        waiting = next((trial for trial in self._mirror.records if trial.status is TrialStatus.WAITING), None)
+        if waiting is not None:
+            return self._start(waiting.number) or self.ask(warm)
         trials = self.trials()
         tried = {trial.key for trial in trials if trial.key is not None}
         request = Request(number=len(trials), trials=trials, tried=tried, warm=tuple(warm))
-        if not any(trial.status is TrialStatus.WAITING for trial in trials):
-            self._screen.require_untried(tried, request.number)
-            if self.setup.sampler is not SamplerKind.NSGA2 or self._is_first_generation():
-                self._enqueue(_plan(self._screen.choose(self._suggested(request), request)))
-        return self._begin(request)
+        self._screen.require_untried(tried, request.number)
+        is_nsga2 = self.setup.sampler is SamplerKind.NSGA2
+        generation, bred = self._generations.next(request if is_nsga2 else None)
+        plan = _plan(bred or self._screen.choose(self._suggested(request), request))
+        self._writer.begin(plan, generation)
+        self._mirror.read_new()
+        return _proposal(request.number, plan)
 
     def _suggested(self, request: Request) -> list[Candidate]:
         """What the sampler suggests; nothing for NSGA-II, whose children are bred from the second generation on."""
         if self.setup.sampler is SamplerKind.NSGA2:
             return []
         seed = self._screen.numpy_seed(request.number)
-        return suggestions(self.setup.sampler, self._study, self.setup.space, seed)
+        return suggestions(self.setup.sampler, self._generations.study, self.setup.space, seed)
 
-    def _is_first_generation(self) -> bool:
-        """True until Optuna has a full first generation to breed from."""
-        population = self.history.population
-        return len(self._sampler.get_population(self._study, 0)) < population
-
-    def _begin(self, request: Request) -> Proposal:
-        trial = self._study.ask()
+    def _start(self, number: int) -> Proposal | None:
+        """Begin a trial that waits; None where it does not any more, or was measured before."""
+        trial = self._mirror.refresh(number)
+        if self._mirror.records[number].status is not TrialStatus.WAITING:
+            return None
         stored = trial.user_attrs.get(PROPOSAL)
-        if stored is None:
-            self._breeding.expect(request)
-        _ = trial.relative_params  # gives the trial its generation, a queued one too, and breeds for one that is not
-        choice = self._breeding.take()
-        for parameter in self.setup.space.parameters:
-            trial.suggest_categorical(parameter.name, parameter.choices)
-        plan = self._queued_plan(decode_plan(stored)) if stored is not None else self._new_plan(trial, choice)
-        if stored is None and plan.key in request.tried:
-            self._study.tell(trial, state=OptunaState.FAIL)
-            return self.ask(request.warm)
-        trial.set_user_attr(PROPOSAL, encode_plan(replace(plan, lease=self.lease.id)))
-        trial.set_user_attr(STATUS, TrialStatus.RUNNING.value)
-        return _proposal(trial.number, plan)
+        plan = decode_plan(stored) if stored is not None else self._foreign_plan(trial)
+        if stored is None and plan.key in {other.key for other in self._mirror.records}:
+            self._writer.refuse(self._mirror.trial_id(number))
+            self._mirror.refresh(number)
+            return None
+        plan = replace(plan, prediction=self._screen.predict_one(plan.candidate))  # with what the model knows now
+        generation, _ = self._generations.next()
+        self._writer.start(self._mirror.trial_id(number), trial.params, plan, generation)
+        self._mirror.refresh(number)
+        return _proposal(number, plan)
 
-    def _queued_plan(self, plan: Plan) -> Plan:
-        """A plan that waited, predicted with what the model knows now."""
-        return replace(plan, prediction=self._screen.predict_one(plan.candidate))
-
-    def _new_plan(self, trial: optuna.Trial, choice: Choice | None) -> Plan:
-        """The plan of what was bred; parameters that another program queued win over it, as a seed."""
-        candidate = self.setup.space.decode(trial.params)
-        if choice is not None and choice.candidate == candidate:
-            return _plan(choice)
-        return self._queued_plan(Plan(candidate=candidate, key=candidate.key, origin=Origin.SEED))
+    def _foreign_plan(self, trial: FrozenTrial) -> Plan:
+        """The plan of a trial that another program queued: a seed; what it leaves open is as in the default."""
+        space = self.setup.space
+        genotype = {**space.encode(space.default()), **trial.params, **trial.system_attrs.get(FIXED_PARAMS, {})}
+        candidate = space.decode(genotype)
+        return Plan(candidate=candidate, key=candidate.key, origin=Origin.SEED)
 
     # ------------------------------------------------------------------------------------------------ telling
 
@@ -324,42 +326,26 @@ class Study:
         self.lease.ensure()
         checked = checked_outcome(outcome, self.setup.problem)
         self._require_running(proposal)
-        trial_id = self._trial_id(proposal.trial_number)
-        ids = self._upload(trial_id, checked)
-        if isinstance(checked, Measurement) and checked.emulated:
-            self._backend.set_trial_user_attr(trial_id, EMULATED, EMULATED_NOTE)
-        self._backend.set_trial_user_attr(trial_id, OUTCOME, encode_outcome(checked, ids))
+        self._writer.note_outcome(self._mirror.trial_id(proposal.trial_number), checked)
         self._finish(proposal.trial_number, checked)
-        return self._record(proposal.trial_number)
+        return self._mirror.records[proposal.trial_number]
 
     def release(self, proposal: Proposal) -> TrialRecord:
         """Give `proposal` back unmeasured: its trial is lost, and its candidate waits without a try being counted."""
         self.lease.ensure()
         self._require_running(proposal)
         failure = Failure(reason=FailureReason.LOST_COORDINATOR, detail="the study was stopped before the measurement")
-        self._lose(proposal.trial_number, failure)
-        self._requeue(self._record(proposal.trial_number), counted=False)
-        return self._record(proposal.trial_number)
+        lost = self._lose(proposal.trial_number, failure)
+        self._requeue(lost, counted=False)
+        return lost
 
     def _require_running(self, proposal: Proposal) -> None:
-        status = self._record(proposal.trial_number).status
+        self._mirror.refresh(proposal.trial_number)
+        status = self._mirror.records[proposal.trial_number].status
         require(
             status is TrialStatus.RUNNING,
             f"trial {proposal.trial_number} is {status}, not running: it was told or released before; ask for another",
         )
-
-    def _upload(self, trial_id: int, outcome: Outcome) -> dict[str, str]:
-        """Copy the artefacts to where the dashboard finds them; a file that is gone is noted as `missing`."""
-        self.setup.artifact_dir.mkdir(parents=True, exist_ok=True)
-        trial = self._backend.get_trial(trial_id)
-        ids = {}
-        for name, path in outcome.artifacts.items():
-            ids[name] = "missing"
-            if Path(path).is_file():
-                ids[name] = upload_artifact(
-                    artifact_store=self._artifacts, file_path=path, study_or_trial=trial, storage=self._backend
-                )
-        return ids
 
     def _finish(self, number: int, outcome: Outcome) -> None:
         """Bring a running trial whose outcome is stored to its end. Repeating it after a crash does no harm."""
@@ -367,32 +353,23 @@ class Study:
             metrics = outcome.metrics.flat()
             violations = measured_violations(self.setup.problem.slos, metrics)
             values = [metrics[objective.metric] for objective in self.setup.problem.objectives]
-            self._set(number, METRICS, to_json(metrics))
-            self._complete(number, TrialStatus.MEASURED, values, violations)
+            attrs: dict[str, Json] = {METRICS: to_json(metrics), STATUS: TrialStatus.MEASURED.value}
         elif outcome.retryable:
-            self._lose(number, outcome)
-            self._requeue(self._record(number), counted=True)
+            self._requeue(self._lose(number, None), counted=True)
+            return
         else:
             trials = self.trials()
-            values = pessimistic_values(trials, trials[number].prediction, self.setup.problem)
+            values = list(pessimistic_values(trials, trials[number].prediction, self.setup.problem))
             violations = failed_violations([trial.violations for trial in trials if trial.is_finished])
-            self._complete(number, TrialStatus.FAILED, values, violations)
-
-    def _complete(
-        self, number: int, status: TrialStatus, values: Sequence[float], violations: dict[str, float]
-    ) -> None:
-        self._set(number, VIOLATIONS, to_json(violations))
-        self._set(number, STATUS, status.value)
+            attrs = {STATUS: TrialStatus.FAILED.value}
         names = constraint_names(self.setup.problem.slos)
-        write_constraints(self._backend, self._trial_id(number), names, violations)
-        self._study.tell(number, list(values))
+        self._writer.complete(self._mirror.trial_id(number), attrs, names, violations, values)
+        self._mirror.refresh(number)
 
-    def _lose(self, number: int, failure: Failure) -> None:
-        trial_id = self._trial_id(number)
-        if OUTCOME not in self._backend.get_trial(trial_id).user_attrs:
-            self._backend.set_trial_user_attr(trial_id, OUTCOME, encode_outcome(failure, {}))
-        self._set(number, STATUS, TrialStatus.LOST.value)
-        self._study.tell(number, state=OptunaState.FAIL)
+    def _lose(self, number: int, failure: Failure | None) -> TrialRecord:
+        self._writer.lose(self._mirror.trial_id(number), failure)
+        self._mirror.refresh(number)
+        return self._mirror.records[number]
 
     def _requeue(self, lost: TrialRecord, *, counted: bool) -> None:
         """Queue the candidate of a lost trial again unless that has happened or its tries are used up."""
@@ -459,15 +436,6 @@ class Study:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _record(self, number: int) -> TrialRecord:
-        return self.trials()[number]
-
-    def _trial_id(self, number: int) -> int:
-        return self._backend.get_trial_id_from_study_id_trial_number(self._study_id, number)
-
-    def _set(self, number: int, key: str, value: Json) -> None:
-        self._backend.set_trial_user_attr(self._trial_id(number), key, value)
 
 
 def _plan(choice: Choice) -> Plan:

@@ -129,7 +129,7 @@ class LeaseContract:
         storage = open_storage(url)
         study = create_study(storage, toy_setup(tmp_path))
         proposal = study.ask()
-        trial_id = study._trial_id(proposal.trial_number)
+        trial_id, study_id = study._mirror.trial_id(proposal.trial_number), study._writer.study_id
         before = stored(url)
         study.lease.abandon()
         for write in (
@@ -137,9 +137,10 @@ class LeaseContract:
             lambda: study.tell(proposal, measure(proposal.candidate)),
             lambda: study.release(proposal),
             study.reconcile,
+            lambda: study._writer.lose(trial_id, None),
             lambda: storage.backend.set_trial_user_attr(trial_id, "late", 1),
-            lambda: storage.backend.set_study_user_attr(study._study_id, "late", 1),
-            lambda: storage.backend.create_new_trial(study._study_id),
+            lambda: storage.backend.set_study_user_attr(study_id, "late", 1),
+            lambda: storage.backend.create_new_trial(study_id),
         ):
             with pytest.raises(LeaseLostError, match="does not run study 'toy' any more: it was abandoned"):
                 write()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.samplers import NSGAIISampler
 from optuna.trial import TrialState as OptunaState
 
 from search_spaces.outcome import Failure, FailureReason
@@ -147,10 +148,8 @@ class StorageContract:
         seen = optuna_study(url)
         generations = [trial.system_attrs["NSGAIISampler:generation"] for trial in seen.get_trials()]
         assert generations == [0] * population + [1, 1]
-        backend = open_storage(url).backend
-        attrs = backend.get_study_system_attrs(backend.get_study_id_from_name("toy"))
-        parents = attrs["NSGAIISampler:parent:1"]
-        assert sorted(backend.get_trial(trial_id).number for trial_id in parents) == list(range(population))
+        parents = NSGAIISampler(population_size=population).get_parent_population(seen, 1)
+        assert sorted(trial.number for trial in parents) == list(range(population))
 
     def test_a_trial_left_running_is_failed_once_and_proposed_again(
         self, url: str, tmp_path: Path, study: Study

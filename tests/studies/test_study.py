@@ -121,7 +121,7 @@ def test_tpe_learns_from_what_was_told(tmp_path: Path, storage: Storage) -> None
     study = create_study(storage, toy_setup(tmp_path, space=SPACE, sampler=SamplerKind.TPE, budget_trials=25))
 
     def mean_rate() -> float:
-        found = [c for seed in range(4) for c in suggestions(SamplerKind.TPE, study._study, SPACE, seed)]
+        found = [c for seed in range(4) for c in suggestions(SamplerKind.TPE, study._generations.study, SPACE, seed)]
         return statistics.mean(surface(candidate)[0] - 5 * surface(candidate)[1] for candidate in found)
 
     at_first = mean_rate()
@@ -144,12 +144,12 @@ def test_late_trials_of_a_generation_still_breed(tmp_path: Path, storage: Storag
         tell(study, study.ask())
     tell(study, study.ask())
     told = tell(study, late)
-    optuna_study = study._study
-    parents = study._sampler.get_parent_population(optuna_study, 1)
-    assert told.number not in {trial.number for trial in parents}
-    pool = study._breeding._with_latest(optuna_study, parents)
-    assert told.number in {trial.number for trial in pool} or told not in study.front()
-    assert {trial.number for trial in study.front()} <= {trial.number for trial in pool}
+    generations = study._generations
+    parents = generations.sampler.get_parent_population(generations.study, 1)
+    assert told.values not in [tuple(trial.values) for trial in parents]
+    pool = [tuple(trial.values) for trial in study._breeding._with_latest(generations.study, parents)]
+    assert told.values in pool or told not in study.front()
+    assert {trial.values for trial in study.front()} <= set(pool)
 
 
 def test_a_measurement_without_a_finite_objective_is_a_failure_that_says_so(tmp_path: Path, storage: Storage) -> None:

@@ -83,13 +83,24 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LaunchedPart:
+    """The share of one node in a replica that spans several: addresses and devices of all of its nodes, by rank."""
+
+    rank: int
+    hosts: tuple[str, ...]
+    devices: tuple[int, ...]
+    rendezvous_port: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class LaunchedProcess:
     """A replica or router as it was started for a measurement, exact enough to start the same one elsewhere.
 
     `trial` is the one that the deployment was started for (a warm deployment is measured for others too), `node` the
-    host's name, `host` and `port` where it listens, `device_ids` the GPUs or cores that it was given. `env` holds what
-    was added to the environment, `files` the SHA-256 of each file that was written for it, by path. `model_source` is
-    what a replica loaded, None for a router.
+    host's name and `cluster_node` what the cluster calls it, `host` and `port` where it listens, `device_ids` the GPUs
+    or cores that it was given. `env` holds what was added to the environment, `files` the SHA-256 of each file that was
+    written for it, by path. `model_source` is what a replica loaded, None for a router. `part` is None for a process
+    that is a whole replica, or the router.
     """
 
     name: str
@@ -104,6 +115,22 @@ class LaunchedProcess:
     work_dir: str
     shared_dir: str
     model_source: str | None = None
+    cluster_node: str = ""
+    part: LaunchedPart | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """One run of a search for the highest request rate: whether `request_rate` met every SLO, and what was measured.
+
+    `metrics` is None where the run gave none, and `detail` says why: too many requests failed (not met), or nothing
+    could be told of the server (`met` is None).
+    """
+
+    request_rate: float
+    met: bool | None
+    metrics: ServingMetrics | None = None
+    detail: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +140,9 @@ class Measurement:
     `timings_s` are the seconds of each phase (placement, start, warm_up, measure, stop; absent where a warm deployment
     was reused). `client_lateness_ms` is the p99 of how late the load client sent or read: the validity gate.
     `environment` names engine, node and software versions. `artifacts` maps a name to a file path. `processes` are the
-    replicas in the order of their pools, then the router; empty where they were not recorded.
+    replicas in the order of their pools, then the router; empty where they were not recorded. `probes` are the runs of
+    a search for the highest rate, in order; `metrics` are then those of the highest rate that met every SLO, or of the
+    lowest one that was tried where none did.
     """
 
     metrics: ServingMetrics
@@ -123,6 +152,18 @@ class Measurement:
     artifacts: Mapping[str, str] = field(default_factory=dict)
     emulated: bool = False
     processes: tuple[LaunchedProcess, ...] = ()
+    probes: tuple[Probe, ...] = ()
+
+    @property
+    def highest_rate(self) -> tuple[float | None, float | None]:
+        """The interval of the highest rate: the highest one that was met, the lowest one that was not; None for none.
+
+        (3.1, 3.4) says that 3.1 requests/s met every SLO and 3.4 did not; (64, None) that the upper end of the search
+        was met, (None, 0.1) that its lower end was not. (None, None) where no rate was searched.
+        """
+        met = [probe.request_rate for probe in self.probes if probe.met]
+        missed = [probe.request_rate for probe in self.probes if probe.met is False]
+        return max(met, default=None), min(missed, default=None)
 
 
 Outcome = Measurement | Failure

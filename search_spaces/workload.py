@@ -49,18 +49,41 @@ class Arrival(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RateSearch:
+    """Instead of a load that is given: the highest request rate that meets every SLO, between two rates per second.
+
+    It is found as an interval from a rate that was met to one that was not, no wider than `1 + tolerance` as a factor.
+    """
+
+    lowest: float
+    highest: float
+    tolerance: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(self.lowest > 0, f"rate_search min={self.lowest} must be above 0 requests/s")
+        require(self.highest > self.lowest, f"rate_search max={self.highest} must be above min={self.lowest}")
+        require(0 < self.tolerance <= 1, f"rate_search tolerance={self.tolerance} must be in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """Requests with input length `isl` and output length `osl`.
 
-    `shared_prefix` is the share of the input that all requests have in common.
+    `shared_prefix` is the share of the input that all requests have in common. With a `rate_search` every trial looks
+    for the highest rate that its deployment serves; the load of its candidate is then the upper end of the search.
     """
 
     isl: Length
     osl: Length
     arrival: Arrival = Arrival.CLOSED
     shared_prefix: float = 0.0
+    rate_search: RateSearch | None = None
 
     def __post_init__(self) -> None:
+        require(
+            self.rate_search is None or self.arrival.is_open,
+            f"rate_search looks for a request rate, and arrival={self.arrival} has none; choose poisson or constant",
+        )
         require(0 <= self.shared_prefix <= 1, f"shared_prefix={self.shared_prefix} must be in [0, 1]")
         require(self.osl.shortest >= 2, f"osl shortest={self.osl.shortest} must be at least 2 tokens: TPOT needs two")
 

@@ -13,7 +13,7 @@ from cluster.load.driver import LoadResult, LoadRun, Progress, run_load
 from cluster.load.summary import NothingMeasuredError, failed_by_class, summarise
 from cluster.load.timings import ErrorClass, Phase, RequestTiming, write_timings
 from search_spaces.metrics import ServingMetrics
-from search_spaces.outcome import Failure, FailureReason
+from search_spaces.outcome import Failure, FailureReason, Probe
 from search_spaces.problem import Slo
 
 TIMINGS_ARTIFACT = "request_timings"
@@ -26,7 +26,8 @@ class LoadMeasurement:
     `lateness_ms` is the larger of two p99s: how long after they were due the measured requests were sent, and how late
     the client's event loop ran meanwhile. `connect_p99_ms` is the connecting time inside TTFT (0 where open
     connections were used again). `warm_up_s` and `measure_s` are the lengths of the phases, `requests_sent` counts all
-    of the run, `errors_by_class` the measured requests that failed.
+    of the run, `errors_by_class` the measured requests that failed. `probes` are the runs of a search for the highest
+    rate, over all of which the phases and requests are then summed.
     """
 
     metrics: ServingMetrics
@@ -37,6 +38,7 @@ class LoadMeasurement:
     requests_sent: int
     errors_by_class: Mapping[ErrorClass, int]
     timings_path: Path
+    probes: tuple[Probe, ...] = ()
 
 
 LoadOutcome = LoadMeasurement | Failure

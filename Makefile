@@ -12,6 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 PYTEST_ARGS ?=
+WORKERS ?= $(shell nproc)
 
 .PHONY: demo test test-long lint lock clean check-python
 
@@ -23,8 +24,10 @@ demo: $(VENV)/.installed
 	@echo "       $(BIN)/tuner dashboard                      the study in the browser"
 	@echo "       examples/quickstart.yaml                    the study file, explained: change it, or --set a key"
 
+# Tests that start engines or join the session's Ray cluster own the machine; the others share its cores.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not long and not ray and not engine" -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not long and (ray or engine)" $(PYTEST_ARGS)
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)

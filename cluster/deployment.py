@@ -36,7 +36,8 @@ class Phase(StrEnum):
 
 
 _TIMED_AS = {Phase.PLACING: "placement", Phase.STARTING: "start", Phase.ROUTING: "start", Phase.STOPPING: "stop"}
-_BOOTING = frozenset({Phase.PLACING, Phase.STARTING, Phase.ROUTING})
+BOOTING = frozenset({Phase.PLACING, Phase.STARTING, Phase.ROUTING})
+"""Before everything serves."""
 _ENDING = frozenset({Phase.STOPPING, Phase.STOPPED})
 
 
@@ -254,7 +255,7 @@ def _asked(state: Deployment, trial: str, now_s: float) -> Step:
 
 def _fail(state: Deployment, failure: Failure, now_s: float, *, for_all: bool = False) -> Step:
     """Begin to stop for `failure`. Who only waits while another load breaks the deployment gets another one."""
-    blamed = for_all or state.phase in _BOOTING
+    blamed = for_all or state.phase in BOOTING
     told = state.waiting if blamed else ()
     requeued = () if blamed else state.waiting
     owners = (*((state.measuring,) if state.measuring is not None else ()), *told)

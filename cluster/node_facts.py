@@ -11,7 +11,10 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class NodeFacts:
-    """`machine` is the same for all nodes on one kernel (they share cores); `gpu_ids` are those of the caller."""
+    """`machine` is the same for all nodes on one kernel (they share cores); `gpu_ids` are those of the caller.
+
+    `sees_folder` says whether the node shares the coordinator's work folder.
+    """
 
     node_id: str
     host: str
@@ -20,6 +23,7 @@ class NodeFacts:
     cpu_model: str
     gpu_models: tuple[str, ...] = ()
     gpu_ids: tuple[int, ...] = ()
+    sees_folder: bool = True
     python: str = platform.python_version()
 
 

@@ -88,8 +88,17 @@ class Placement:
         return next(b for b in self.bundles if b.kind is BundleKind.CLIENT)
 
     @property
+    def leaders(self) -> tuple[Bundle, ...]:
+        """The bundles whose process serves HTTP: one of each replica."""
+        return tuple(b for b in self.replicas if b.group == 0)
+
+    def parts(self, leader: Bundle) -> tuple[Bundle, ...]:
+        """The bundles of the replica of `leader`, which comes first; alone where the replica is whole."""
+        return tuple(b for b in self.replicas if (b.role, b.index) == (leader.role, leader.index))
+
+    @property
     def spanning(self) -> tuple[str, ...]:
-        """Names of the bundles that are only a part of a replica: the engine must span nodes."""
+        """Names of the bundles that are only a part of a replica and do not lead it: the engine must span nodes."""
         return tuple(b.name for b in self.replicas if b.group > 0)
 
 

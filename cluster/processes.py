@@ -18,6 +18,7 @@ import psutil
 TAG_STUDY, TAG_TRIAL = "TUNER_STUDY", "TUNER_TRIAL"
 TAG_OWNER, TAG_COORDINATOR = "TUNER_OWNER", "TUNER_COORDINATOR"
 TAIL_LINES, TAIL_BYTES = 40, 16_384
+LOG_LIMIT_BYTES = 1_000_000
 _LAUNCHER = Path(__file__).with_name("launch.py")
 _PROBE_LIMIT_S = 1.0
 
@@ -159,6 +160,18 @@ def log_tail(log: Path, lines: int = TAIL_LINES, limit_bytes: int = TAIL_BYTES) 
     except FileNotFoundError:
         return ""
     return "\n".join(data.decode(errors="replace").splitlines()[-lines:])
+
+
+def end_of_log(log: Path, limit_bytes: int = LOG_LIMIT_BYTES) -> bytes:
+    """The last `limit_bytes` of a file, with a line that says what is left out; empty where there is none."""
+    try:
+        with log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - limit_bytes))
+            data = file.read()
+    except FileNotFoundError:
+        return b""
+    return data if size <= limit_bytes else f"[the first {size - limit_bytes} bytes are left out]\n".encode() + data
 
 
 def free_port(host: str) -> int:

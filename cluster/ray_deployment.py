@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,23 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster import deployment as life
 from cluster.cores import CoreLedger
-from cluster.engines.base import EngineBackend, RouterSpec
+from cluster.engines.base import EngineBackend, NeedsSharedFolder, ReplicaPart, RouterSpec
 from cluster.load.driver import LoadRun
-from cluster.load.measure import LoadMeasurement
+from cluster.load.measure import TIMINGS_ARTIFACT, LoadMeasurement
 from cluster.node_facts import NodeFacts
 from cluster.placement import Bundle, BundleKind, Placement
 from cluster.processes import ProcessId, Tags
-from cluster.ray_actors import Job, ProcessActor, ReplicaJob, RouterJob, Seat, Serving
+from cluster.ray_actors import MARKER, Account, Job, ProcessActor, ReplicaJob, RouterJob, Seat, Serving
+from cluster.ray_calls import Calls
 from cluster.ray_load import LoadActor, LoadReply
 from cluster.ray_session import RayCluster
 from cluster.records import environment, keep_logs, price_per_hour
 from cluster.runner import TrialRequest
+from cluster.verdicts import most_telling
 from search_spaces.outcome import Failure, FailureReason, Measurement, Outcome
 from search_spaces.serving import Role
 
 AUTOPSY_GRACE_S = 0.3
-ANSWER_LIMIT_S = 3.0
 OVERLAPPING_CALLS = 8
 TIMINGS_FILE = "request_timings.parquet"
 ROUTER_STATS_FILE = "router_stats.json"
@@ -44,12 +46,16 @@ _BOOT_TIMINGS = ("placement", "start")
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """What all deployments of a runner share. `ledgers` are the cores of each machine, by its id."""
+    """What all deployments of a runner share. `ledgers` are the cores of each machine, by its id.
+
+    Clients must send `api_key` to every engine and router.
+    """
 
     study: str
     cluster: RayCluster
     coordinator: ProcessId
     work_dir: Path
+    api_key: str = field(repr=False)
     ledgers: dict[str, CoreLedger] = field(default_factory=dict)
 
     def ledger(self, facts: NodeFacts) -> CoreLedger:
@@ -72,7 +78,9 @@ class RayDeployment:
         self._requests = {request.trial: request}
         self._group: PlacementGroup | None = None
         self._actors: dict[str, Any] = {}
-        self._pending: dict[Any, tuple[Callable[[str, Any], None], str]] = {}
+        self._calls = Calls()
+        self._logs: dict[str, bytes] = {}
+        self._suspects: list[Failure] = []
         self._facts: dict[str, NodeFacts] = {}
         self._addresses: dict[str, str] = {}
         self._seats: dict[str, Seat] = {}
@@ -112,10 +120,7 @@ class RayDeployment:
         """Look at what has happened and act on it."""
         if self._state.phase is life.Phase.PLACING and _is_placed(self._group):
             self._feed(life.Placed())
-        if self._pending:
-            done, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0, fetch_local=False)
-            for reference in done:
-                self._take_answer(reference)
+        self._calls.turn()
         self._feed(life.Tick())
 
     def _feed(self, event: life.Event) -> None:
@@ -144,31 +149,15 @@ class RayDeployment:
                 case life.Free():
                     self._free()
 
-    # calls to actors
+    # faults
 
-    def _call(self, reference: Any, then: Callable[[str, Any], None], name: str) -> None:
-        """Call `then(name, value)` in the turn after `reference` has its value."""
-        self._pending[reference] = (then, name)
-
-    def _take_answer(self, reference: Any) -> None:
-        if reference not in self._pending:  # an earlier answer of this turn ended the deployment
-            return
-        then, name = self._pending.pop(reference)
-        try:
-            value = ray.get(reference, timeout=ANSWER_LIMIT_S)
-        except ray.exceptions.RayError as error:
-            if then == self._stopped:
-                self._stopped(name, None)
-            else:
-                self._feed(life.Faulted(failure=self._lost(name, error)))
-            return
-        then(name, value)
+    def _gone(self, name: str, error: ray.exceptions.RayError) -> None:
+        self._investigate(self._lost(name, error))
 
     def _lost(self, name: str, error: ray.exceptions.RayError) -> Failure:
         """An actor is gone (with its node, or alone), or met an error that it should have turned into a failure."""
-        alive = {node.node_id for node in self._site.cluster.nodes()}
         facts = self._facts.get(name)
-        gone = facts is not None and facts.node_id not in alive
+        gone = facts is not None and self._site.cluster.is_lost(facts.node_id)
         where = f" on {facts.host}" if facts is not None else ""
         text = str(error).strip().splitlines()
         return Failure(
@@ -176,6 +165,28 @@ class RayDeployment:
             detail=f"the actor of {name}{where} failed: {type(error).__name__}: {text[-1] if text else ''}",
             log_tail="\n".join(text[-20:]),
         )
+
+    def _investigate(self, failure: Failure) -> None:
+        """Hear from every process how it is, then stop for what tells most: the first sign is rarely the cause."""
+        self._suspects.append(failure)
+        if len(self._suspects) > 1 or not self._state.alive:
+            return
+        ready = self._state.phase not in life.BOOTING
+        calls = {b.name: self._actors[b.name].account.remote(AUTOPSY_GRACE_S, ready=ready) for b in self._processes}
+        self._calls.gather(calls, self._condemn)
+
+    def _condemn(self, accounts: Mapping[str, Account]) -> None:
+        first, *others = self._suspects
+        deaths = [account.death for account in accounts.values() if account.death is not None]
+        failure = most_telling(first, [*others, *deaths])
+        if not failure.log_tail:
+            failure = replace(failure, log_tail="\n".join(f"[{n}]\n{a.tail}" for n, a in accounts.items() if a.tail))
+        self._feed(life.Faulted(failure=failure))
+
+    @property
+    def _processes(self) -> tuple[Bundle, ...]:
+        """The bundles that hold a process: all but the load generator."""
+        return tuple(bundle for bundle in self._placement.bundles if bundle.kind is not BundleKind.CLIENT)
 
     # placement and start
 
@@ -190,10 +201,13 @@ class RayDeployment:
 
     def _start_actors(self, limit_s: float) -> None:
         self._start_by_s = time.monotonic() + limit_s
+        (self.folder / "shared").mkdir(parents=True, exist_ok=True)
+        (self.folder / MARKER).touch()
         for index, bundle in enumerate(self._placement.bundles):
             actor = self._make_actor(bundle, _scheduling(self._group, index))
             self._actors[bundle.name] = actor
-            self._call(actor.facts.remote(), self._learned, bundle.name)
+            then, lost = partial(self._learned, bundle.name), partial(self._gone, bundle.name)
+            self._calls.add(actor.facts.remote(self.folder), then, lost)
 
     def _make_actor(self, bundle: Bundle, scheduling: PlacementGroupSchedulingStrategy) -> Any:
         options: dict[str, Any] = {
@@ -211,9 +225,39 @@ class RayDeployment:
         self._facts[name] = facts
         if len(self._facts) < len(self._placement.bundles) or self._state.phase is not life.Phase.STARTING:
             return
+        blind = self._blind()
+        if blind is not None:
+            self._feed(life.Faulted(failure=Failure(reason=FailureReason.PLACEMENT, detail=blind)))
+            return
         self._take_seats()
-        for bundle in self._placement.replicas:
-            self._serve(bundle, self._replica_job(bundle))
+        for leader in self._placement.leaders:
+            parts = self._placement.parts(leader)
+            if len(parts) == 1:
+                self._serve(leader, self._replica_job(leader))
+            else:
+                port = self._actors[leader.name].free_port.remote(self._seats[leader.name].host)
+                self._calls.add(port, partial(self._serve_parts, parts), partial(self._gone, leader.name))
+
+    def _serve_parts(self, parts: tuple[Bundle, ...], port: int) -> None:
+        """Start a replica that spans nodes: all parts at once, they meet at `port` of the first."""
+        hosts = tuple(self._seats[bundle.name].host for bundle in parts)
+        devices = tuple(bundle.devices for bundle in parts)
+        for rank, bundle in enumerate(parts):
+            part = ReplicaPart(rank=rank, hosts=hosts, devices=devices, rendezvous_port=port)
+            self._serve(bundle, self._replica_job(bundle, part))
+
+    def _blind(self) -> str | None:
+        """Why the engine cannot hand over between these nodes, None where it can."""
+        backend, facts = self._backend, self._facts
+        nodes = {facts[bundle.name].node_id for bundle in self._processes}
+        hosts = sorted({facts[b.name].host for b in self._processes if not facts[b.name].sees_folder})
+        shares = not isinstance(backend, NeedsSharedFolder) or not backend.needs_shared_folder(self.config)
+        if len(nodes) == 1 or not hosts or shares:
+            return None
+        return (
+            f"engine {backend.name} hands KV caches over through files, and {', '.join(hosts)} does not see "
+            f"{self.folder}; put the work folder on a file system that all nodes share, or use one node"
+        )
 
     def _take_seats(self) -> None:
         """Cores for everyone, the replicas first; one node talks over the loopback address."""
@@ -225,7 +269,14 @@ class RayDeployment:
             cores = self._grant(bundle, self._site.ledger(facts))
             host = LOOPBACK if one_node else addresses.get(facts.node_id, facts.host)
             devices = facts.gpu_ids if bundle.gpus else cores
-            self._seats[bundle.name] = Seat(host=host, cores=cores, device_ids=devices)
+            self._seats[bundle.name] = Seat(
+                host=host,
+                cores=cores,
+                device_ids=devices,
+                on_gpu=bundle.gpus > 0,
+                node=facts.node_id,
+                api_key=self._site.api_key,
+            )
 
     def _grant(self, bundle: Bundle, ledger: CoreLedger) -> tuple[int, ...]:
         owner = self._owner(bundle.name)
@@ -240,12 +291,11 @@ class RayDeployment:
     def _owner(self, bundle_name: str) -> str:
         return f"{self.name}/{bundle_name}"
 
-    def _replica_job(self, bundle: Bundle) -> ReplicaJob:
+    def _replica_job(self, bundle: Bundle, part: ReplicaPart | None = None) -> ReplicaJob:
         problem = self._booted_for.problem
-        shared_dir = self.folder / "shared"
-        shared_dir.mkdir(parents=True, exist_ok=True)
         return ReplicaJob(
             backend=self._backend,
+            name=bundle.name,
             trial=self._booted_for.trial,
             pool=next(pool for pool in self.config.pools if pool.role is bundle.role),
             index=bundle.index,
@@ -253,8 +303,9 @@ class RayDeployment:
             workload=problem.workload,
             model_dir=self._site.work_dir / "models",
             work_dir=self.folder,
-            shared_dir=shared_dir,
+            shared_dir=self.folder / "shared",
             peer=next((pool for pool in self.config.pools if pool.role is not bundle.role), None),
+            part=part,
         )
 
     def _start_router(self) -> None:
@@ -264,7 +315,7 @@ class RayDeployment:
 
     def _router_spec(self) -> RouterSpec:
         urls: dict[Role | None, list[str]] = {}
-        for bundle in self._placement.replicas:
+        for bundle in self._placement.leaders:
             urls.setdefault(bundle.role, []).append(self._serving[bundle.name].url)
         pools = {pool.role: pool for pool in self.config.pools}
         return RouterSpec(
@@ -283,23 +334,23 @@ class RayDeployment:
     def _serve(self, bundle: Bundle, job: Job) -> None:
         left_s = max(0.0, self._start_by_s - time.monotonic())
         reference = self._actors[bundle.name].serve.remote(job, self._seats[bundle.name], left_s)
-        self._call(reference, self._served, bundle.name)
+        self._calls.add(reference, partial(self._served, bundle.name), partial(self._gone, bundle.name))
 
     def _served(self, name: str, answer: Serving | Failure) -> None:
         if isinstance(answer, Failure):
-            self._feed(life.Faulted(failure=answer))
+            self._investigate(answer)
             return
         self._serving[name] = answer
-        self._call(self._actors[name].watch.remote(self._backend), self._ended, name)
+        self._calls.add(self._actors[name].watch.remote(), partial(self._ended, name), partial(self._gone, name))
         router = self._placement.router
         if router is not None and name == router.name:
             self._feed(life.RouterReady())
         elif all(bundle.name in self._serving for bundle in self._placement.replicas):
             self._feed(life.ReplicasReady())
 
-    def _ended(self, _name: str, failure: Failure | None) -> None:
-        if failure is not None:
-            self._feed(life.Faulted(failure=failure))
+    def _ended(self, name: str, by_itself: bool) -> None:
+        if by_itself:
+            self._investigate(Failure(reason=FailureReason.REQUESTS_FAILED, detail=name))
 
     # measuring
 
@@ -317,6 +368,7 @@ class RayDeployment:
             rule=request.rule,
             limit_s=request.limits.measure_s,
             timings_path=request.artifact_dir / TIMINGS_FILE,
+            api_key=self._site.api_key,
         )
         client = self._placement.client.name
         reference = self._actors[client].measure.remote(
@@ -327,64 +379,50 @@ class RayDeployment:
             cores=self._seats[client].cores,
             router_url=None if router is None else url,
         )
-        self._call(reference, self._measured, request.trial)
+        self._calls.add(reference, partial(self._measured, request.trial), partial(self._gone, client))
 
     def _measured(self, trial: str, reply: LoadReply) -> None:
-        request = self._requests[trial]
-        artifacts = _keep_stats(reply, request.artifact_dir)
+        artifacts = _keep_files(reply, self._requests[trial].artifact_dir)
         outcome = reply.outcome
         if isinstance(outcome, LoadMeasurement):
-            measurement = self._measurement(outcome, artifacts)
-            self._feed(life.Measured(trial=trial, outcome=measurement))
-        elif outcome.reason is FailureReason.LATE_CLIENT:  # the deployment is not to blame and stays up
-            failure = replace(outcome, artifacts={**outcome.artifacts, **artifacts})
-            self._feed(life.Measured(trial=trial, outcome=failure))
+            self._with_logs(trial, self._measurement(outcome, artifacts))
+            return
+        failure = replace(outcome, artifacts={**outcome.artifacts, **artifacts})
+        if failure.reason is FailureReason.LATE_CLIENT:  # the deployment is not to blame and stays up
+            self._with_logs(trial, failure)
         else:
-            failure = self._explain(replace(outcome, artifacts={**outcome.artifacts, **artifacts}))
-            self._feed(life.Faulted(failure=failure))
+            self._investigate(failure)
 
-    def _measurement(self, outcome: LoadMeasurement, artifacts: dict[str, str]) -> Measurement:
+    def _with_logs(self, trial: str, outcome: Outcome) -> None:
+        """Tell what became of `trial` when the logs have come; the processes go on."""
+        calls = {bundle.name: self._actors[bundle.name].log.remote() for bundle in self._processes}
+        self._calls.gather(calls, partial(self._tell, trial, outcome))
+
+    def _tell(self, trial: str, outcome: Outcome, logs: Mapping[str, bytes]) -> None:
+        self._logs.update(logs)
+        self._feed(life.Measured(trial=trial, outcome=outcome))
+
+    def _measurement(self, outcome: LoadMeasurement, artifacts: Mapping[str, str]) -> Measurement:
         return Measurement(
             metrics=outcome.metrics,
             client_lateness_ms=outcome.lateness_ms,
             timings_s={"warm_up": outcome.warm_up_s, "measure": outcome.measure_s},
-            artifacts={"request_timings": str(outcome.timings_path), **artifacts},
+            artifacts=artifacts,
             emulated=self._backend.emulated,
             processes=tuple(self._serving[b.name].launched for b in self._placement.bundles if b.name in self._serving),
         )
-
-    def _explain(self, failure: Failure) -> Failure:
-        """The engine's own account where a process died under the load that failed, else `failure` with its logs."""
-        names = list(self._serving)
-        calls = [self._actors[name].autopsy.remote(self._backend, AUTOPSY_GRACE_S) for name in names]
-        tails = [self._actors[name].tail.remote() for name in names]
-        try:
-            found = [death for death in ray.get(calls, timeout=ANSWER_LIMIT_S) if death is not None]
-            texts: list[str] = ray.get(tails, timeout=ANSWER_LIMIT_S)
-        except ray.exceptions.RayError as error:
-            return replace(failure, log_tail=f"no logs: {type(error).__name__}")
-        if found:
-            death: Failure = found[0]
-            return replace(
-                death,
-                detail=f"{death.detail}; {failure.detail}",
-                artifacts=failure.artifacts,
-                timings_s=failure.timings_s,
-            )
-        return replace(failure, log_tail="\n".join(f"[{n}]\n{t}" for n, t in zip(names, texts, strict=True) if t))
 
     # telling and ending
 
     def _report(self, request: TrialRequest, outcome: Outcome) -> None:
         """Keep `outcome` with the logs, phase timings and environment added."""
-        logs = [self.folder / f"{bundle.name}.log" for bundle in self._placement.bundles]
         spent = self._state.spent_s
         booted = request.trial == self._booted_for.trial
         labels = _BOOT_TIMINGS if booted else ()
         timings = {label: spent[label] for label in (*labels, "stop") if label in spent}
         self.outcomes[request.trial] = replace(
             outcome,
-            artifacts={**keep_logs(logs, request.artifact_dir), **outcome.artifacts},
+            artifacts={**keep_logs(self._logs, request.artifact_dir), **outcome.artifacts},
             timings_s={**timings, **outcome.timings_s},
             environment={**self._environment(), **outcome.environment},
         )
@@ -406,18 +444,18 @@ class RayDeployment:
         )
 
     def _stop_processes(self, limit_s: float) -> None:
-        self._pending.clear()
-        for bundle in self._placement.bundles:
-            if bundle.kind is not BundleKind.CLIENT:
-                self._call(self._actors[bundle.name].stop.remote(limit_s), self._stopped, bundle.name)
+        """End the processes; their logs come with the answers, and those of lost actors are lost."""
+        self._calls.clear()
+        stops = {b.name: self._actors[b.name].stop.remote(limit_s) for b in self._processes}
+        self._calls.gather(stops, self._stopped, limit_s + life.START_GRACE_S)
 
-    def _stopped(self, _name: str, _nothing: None) -> None:
-        if not any(then == self._stopped for then, _ in self._pending.values()):
-            self._feed(life.ProcessesEnded())
+    def _stopped(self, logs: Mapping[str, bytes]) -> None:
+        self._logs.update(logs)
+        self._feed(life.ProcessesEnded())
 
     def _free(self) -> None:
         """Give back the placement group, which ends its actors, and the cores."""
-        self._pending.clear()
+        self._calls.clear()
         if self._group is not None:
             remove_placement_group(self._group)
         for name in self._seats:
@@ -436,9 +474,15 @@ def _scheduling(group: PlacementGroup | None, index: int) -> PlacementGroupSched
     return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
 
 
-def _keep_stats(reply: LoadReply, folder: Path) -> dict[str, str]:
-    if reply.router_stats is None:
-        return {}
-    path = folder / ROUTER_STATS_FILE
-    path.write_text(reply.router_stats, encoding="utf-8")
-    return {"router_stats": str(path)}
+def _keep_files(reply: LoadReply, folder: Path) -> dict[str, str]:
+    """Write what the load generator sent into `folder`; paths by artefact name."""
+    stats = (reply.router_stats or "").encode()
+    kept = {}
+    for name, file, content in (
+        (TIMINGS_ARTIFACT, TIMINGS_FILE, reply.timings),
+        ("router_stats", ROUTER_STATS_FILE, stats),
+    ):
+        if content:
+            (folder / file).write_bytes(content)
+            kept[name] = str(folder / file)
+    return kept

@@ -1,15 +1,16 @@
 """The actor that is the load generator of a deployment.
 
-A plain class; `cluster.ray_deployment` makes an actor of it. It returns small values: raw timings are a file.
+A plain class; `cluster.ray_deployment` makes an actor of it. Raw timings travel as the bytes of their file.
 """
 
 from __future__ import annotations
 
 import http.client
 import os
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -26,18 +27,22 @@ STATS_RECORDS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReply:
-    """What the load generator says; `router_stats` is the router's own JSON, None where there is no router."""
+    """What the load generator says; `router_stats` is the router's own JSON, None where there is no router.
+
+    `timings` is the file of raw timings (Parquet), empty where there is none: paths in `outcome` are its node's.
+    """
 
     outcome: LoadOutcome
     router_stats: str | None = None
+    timings: bytes = b""
 
 
 class LoadActor:
     """The load generator of a deployment, on cores of its own."""
 
-    def facts(self) -> NodeFacts:
-        """The node of this actor."""
-        return node_facts()
+    def facts(self, folder: Path) -> NodeFacts:
+        """The node of this actor, and whether it sees the coordinator's `folder`."""
+        return node_facts(folder)
 
     def measure(
         self,
@@ -52,9 +57,14 @@ class LoadActor:
         """Put the load on, pinned to `cores`."""
         pin_all_threads(cores)
         began_ns = time.time_ns()
-        outcome = measure(run, slos=slos, devices=devices, price_per_hour=price_per_hour)
-        stats = None if router_url is None else router_stats(router_url, since_ns=began_ns)
-        return LoadReply(outcome=outcome, router_stats=stats)
+        with tempfile.TemporaryDirectory(prefix="tuner-load-") as folder:
+            path = Path(folder) / run.timings_path.name
+            outcome = measure(
+                replace(run, timings_path=path), slos=slos, devices=devices, price_per_hour=price_per_hour
+            )
+            timings = path.read_bytes() if path.exists() else b""
+        stats = None if router_url is None else router_stats(router_url, since_ns=began_ns, api_key=run.api_key)
+        return LoadReply(outcome=outcome, router_stats=stats, timings=timings)
 
 
 def pin_all_threads(cores: Sequence[int]) -> None:
@@ -68,12 +78,13 @@ def pin_all_threads(cores: Sequence[int]) -> None:
             continue
 
 
-def router_stats(url: str, since_ns: int) -> str | None:
+def router_stats(url: str, since_ns: int, api_key: str | None = None) -> str | None:
     """JSON of the router's `/router/stats` since a Unix time, None where it has none or more than some megabytes."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=STATS_LIMIT_S)
     try:
-        connection.request("GET", f"/router/stats?since_ns={since_ns}&last={STATS_RECORDS}")
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        connection.request("GET", f"/router/stats?since_ns={since_ns}&last={STATS_RECORDS}", headers=headers)
         response = connection.getresponse()
         body = response.read(STATS_LIMIT_BYTES + 1)
     except (OSError, http.client.HTTPException):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from cluster import deployment as life
-from cluster.engines.base import EngineBackend, PerDeployment
+from cluster.engines.base import EngineBackend, PerDeployment, SpansNodes
 from cluster.janitor import TaggedProcess, end_orphans
-from cluster.placement import Placement, PlacementError, fit_together, plan_placement
+from cluster.placement import Bundle, Placement, PlacementError, fit_together, plan_placement
 from cluster.processes import ProcessId
 from cluster.ray_deployment import RayDeployment, Site
 from cluster.ray_session import RayCluster
@@ -73,7 +74,11 @@ class RayTrialRunner:
         self._backends = dict(backends)
         self._cluster = cluster
         self._site = Site(
-            study=study, cluster=cluster, coordinator=ProcessId.of(os.getpid()), work_dir=work_dir.resolve()
+            study=study,
+            cluster=cluster,
+            coordinator=ProcessId.of(os.getpid()),
+            work_dir=work_dir.resolve(),
+            api_key=secrets.token_urlsafe(24),
         )
         self._deployments: list[RayDeployment] = []
         self._known: set[str] = set()
@@ -200,7 +205,7 @@ class RayTrialRunner:
             trial.owner.ask(request)
             return True
         try:
-            placement = _plan(request)
+            placement = _plan(request, self._backends[config.engine])
         except PlacementError as error:
             self._end(request.trial, Failure(reason=FailureReason.PLACEMENT, detail=str(error)))
             return True
@@ -299,13 +304,23 @@ class RayTrialRunner:
             time.sleep(PAUSE_S)
 
 
-def _plan(request: TrialRequest) -> Placement:
-    """Bundles of the deployment; raises `PlacementError` where the pools could not hold it, or it would span nodes."""
+def _plan(request: TrialRequest, backend: EngineBackend) -> Placement:
+    """Bundles of the deployment; raises `PlacementError` where the pools or the engine could never hold it."""
     config = request.candidate.config
     placement = plan_placement(config, request.problem)
-    if placement.spanning:
-        raise PlacementError(
-            f"{', '.join(placement.spanning)} would be parts of replicas that span nodes, which engine "
-            f"{config.engine} cannot here; use fewer devices per replica"
-        )
+    for leader in placement.leaders:
+        parts = placement.parts(leader)
+        refusal = _span_refusal(backend, config, leader, parts) if len(parts) > 1 else None
+        if refusal is not None:
+            raise PlacementError(
+                f"{', '.join(part.name for part in parts)} would be parts of a replica that spans nodes: {refusal}; "
+                "use fewer devices per replica"
+            )
     return placement
+
+
+def _span_refusal(backend: EngineBackend, config: ServingConfig, leader: Bundle, parts: Sequence[Bundle]) -> str | None:
+    if not isinstance(backend, SpansNodes):
+        return f"engine {config.engine} cannot do that"
+    pool = next(pool for pool in config.pools if pool.role is leader.role)
+    return backend.span_refusal(pool, tuple(part.devices for part in parts))

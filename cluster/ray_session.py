@@ -30,6 +30,7 @@ from search_spaces.hardware import DeviceKind, NodePool
 INIT_TRIES = 2
 TCP_LIMIT_S = 5.0
 PROBE_LIMIT_S = 60.0
+LOOK_LIMIT_S = 1.0
 _AUTH_MODE, _AUTH_TOKEN, _AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _JOIN_TRIES = "RAY_NUM_REDIS_GET_RETRIES"
 
@@ -64,6 +65,18 @@ class RayCluster:
     def nodes(self) -> list[NodeView]:
         """The live nodes."""
         return [_node_view(node) for node in _raw_nodes() if node["Alive"]]
+
+    def is_lost(self, node_id: str) -> bool:
+        """True where Ray counts the node as dead, or nothing listens any more where its Ray listened."""
+        node = next((node for node in _raw_nodes() if node["NodeID"] == node_id and node["Alive"]), None)
+        if node is None:
+            return True
+        try:
+            address = (node["NodeManagerAddress"], node["NodeManagerPort"])
+            socket.create_connection(address, timeout=LOOK_LIMIT_S).close()
+        except OSError:
+            return True
+        return False
 
     def run_on_pool(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,8 +10,6 @@ from cluster.engines.base import EngineBackend
 from cluster.node_facts import NodeFacts
 from search_spaces.problem import Problem
 from search_spaces.serving import ServingConfig
-
-LOG_LIMIT_BYTES = 1_000_000
 
 
 def price_per_hour(config: ServingConfig, problem: Problem) -> float:
@@ -54,24 +51,13 @@ def environment(
     return record
 
 
-def keep_logs(logs: Sequence[Path], folder: Path) -> dict[str, str]:
-    """Copy the end of each log that is there into `folder`; paths by artefact name (`log_<file name>`)."""
+def keep_logs(logs: Mapping[str, bytes], folder: Path) -> dict[str, str]:
+    """Write the logs, by name, into `folder`; paths by artefact name (`log_<name>`)."""
     kept = {}
-    for log in logs:
-        if log.exists():
+    for name, text in logs.items():
+        if text:
             folder.mkdir(parents=True, exist_ok=True)
-            target = folder / log.name
-            _copy_end(log, target)
-            kept[f"log_{log.stem}"] = str(target)
+            target = folder / f"{name}.log"
+            target.write_bytes(text)
+            kept[f"log_{name}"] = str(target)
     return kept
-
-
-def _copy_end(source: Path, target: Path) -> None:
-    size = source.stat().st_size
-    if size <= LOG_LIMIT_BYTES:
-        shutil.copyfile(source, target)
-        return
-    with source.open("rb") as file:
-        file.seek(size - LOG_LIMIT_BYTES)
-        end = file.read()
-    target.write_bytes(f"[the first {size - LOG_LIMIT_BYTES} bytes are left out]\n".encode() + end)

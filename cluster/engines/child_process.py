@@ -37,6 +37,7 @@ class Exit(IntEnum):
     PORT_IN_USE = 69
     ORPHANED = 70
     OUT_OF_MEMORY = 71
+    PEER_LOST = 72
 
 
 def fail(code: Exit, message: str) -> NoReturn:
@@ -86,9 +87,12 @@ def die_with_owner() -> None:
 
     The owner is the process that the tags in the environment name (see `cluster.processes.Tags`), else the parent. It
     is waited for by a pidfd (Linux 5.3), which is told at once; where there is none it is looked for twice a second.
+    The first process of a container has neither, and ends with the container.
     """
     owner = ProcessId.parse(os.environ.get(TAG_OWNER, ""))
     if owner is None or not owner.is_here:
+        if os.getppid() == 0:
+            return
         owner = ProcessId.of(os.getppid())
     threading.Thread(target=_exit_after, args=(owner,), name="owner-watch", daemon=True).start()
 

@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from cluster.device_memory import DeviceMemory
 from cluster.engines.base import EngineBackend, LaunchCommand, ReplicaSpec, RouterSpec
 from cluster.engines.child_process import Exit
 from cluster.engines.emulated_faults import USAGE_ERROR
+from cluster.engines.emulated_memory import default_ledger, in_use
 from cluster.engines.log_signs import reason_in_log
 from search_spaces.emulation import EngineProfile, Fault, FaultPlan, Noise
 from search_spaces.engines.emulated import EMULATED
@@ -23,7 +25,7 @@ from search_spaces.errors import InvalidValueError
 from search_spaces.model import ModelSpec
 from search_spaces.outcome import FailureReason
 from search_spaces.problem import Problem
-from search_spaces.serving import OptionValue, Pool, Role, ServingConfig
+from search_spaces.serving import Mode, OptionValue, Pool, Role, ServingConfig
 
 SIGTERM, SIGKILL = -15, -9
 _SERVER = "cluster.engines.emulated_server"
@@ -43,7 +45,8 @@ class EmulatedBackend:
     """See `cluster.engines.base.EngineBackend`.
 
     `source` makes the profiles of a deployment and stays with the coordinator; `profiles` and `refusal` are what it
-    said for the one at hand. `plan` strikes trials with faults; `fault` strikes every replica.
+    said for the one at hand. `plan` strikes trials with faults; `fault` strikes every replica, and of one that spans
+    nodes the part `fault_rank`. `ledger` is the folder in which a machine's emulated memory is booked.
     """
 
     source: ProfileSource | None = None
@@ -52,7 +55,9 @@ class EmulatedBackend:
     noise: Noise = field(default_factory=Noise)
     plan: FaultPlan = field(default_factory=FaultPlan)
     fault: Fault | None = None
+    fault_rank: int = 0
     config_key: str = ""
+    ledger: Path = field(default_factory=default_ledger)
 
     name = "emulated"
     emulated = True
@@ -81,7 +86,8 @@ class EmulatedBackend:
             raise InvalidValueError(
                 f"the emulated engine has no profile of a {role} replica; call for_deployment first"
             )
-        path = replica.work_dir / f"{role}-{replica.index}.spec.json"
+        part = "" if replica.part is None else f".{replica.part.rank}"
+        path = replica.work_dir / f"{role}-{replica.index}{part}.spec.json"
         text = json.dumps(self._spec(replica), indent=1)
         return LaunchCommand(argv=(sys.executable, "-m", _SERVER, "--spec", str(path)), files={str(path): text})
 
@@ -101,10 +107,30 @@ class EmulatedBackend:
             "noise": asdict(self.noise),
             "seed": f"{self.plan.seed}|{replica.trial}|{pool.role}|{replica.index}",
             "fault": None if fault is None else asdict(fault),
+            "part": None if replica.part is None else asdict(replica.part),
+            "ledger": str(self.ledger / replica.node) if replica.node else None,
+            "devices": replica.device_ids,
         }
+
+    def span_refusal(self, pool: Pool, devices: tuple[int, ...]) -> str | None:
+        """Why nodes with so many devices cannot share a replica: a tensor-parallel group stays on one node."""
+        tp = pool.parallelism.tp
+        split = [count for count in devices if count % tp]
+        return f"{split[0]} devices of a node hold no whole groups of tp={tp}" if split else None
+
+    def needs_shared_folder(self, config: ServingConfig) -> bool:
+        """True where KV caches are handed over."""
+        return config.mode is Mode.DISAGGREGATED
+
+    def device_memory(self, node: str, device_ids: tuple[int, ...]) -> tuple[DeviceMemory, ...]:
+        """Memory of emulated GPUs of `node`, by the ledger; none where there is no profile to say their size."""
+        sizes = [profile.memory.total_bytes for profile in self.profiles.values()]
+        return in_use(self.ledger / node, device_ids, max(sizes)) if sizes else ()
 
     def _fault(self, replica: ReplicaSpec) -> Fault | None:
         """The fault of this replica: one replica of a trial that is struck has it."""
+        if replica.part is not None and replica.part.rank != self.fault_rank:
+            return None
         if self.fault is not None:
             return self.fault
         roles = sorted({replica.pool.role, *([replica.peer.role] if replica.peer else [])})
@@ -137,6 +163,7 @@ class EmulatedBackend:
             USAGE_ERROR: FailureReason.INVALID_FLAGS,
             int(Exit.INVALID_OPTIONS): FailureReason.INVALID_FLAGS,
             int(Exit.PORT_IN_USE): FailureReason.TRANSPORT,
+            int(Exit.PEER_LOST): FailureReason.TRANSPORT,
             int(Exit.ORPHANED): FailureReason.LOST_COORDINATOR,
         }
         return reason_in_log(log_tail, ready=ready) or by_code.get(exit_code, FailureReason.ENGINE_CRASH)

@@ -86,6 +86,19 @@ def device_lost() -> NoReturn:
     end(ENGINE_ERROR, "RuntimeError: CUDA error: uncorrectable ECC error encountered (emulated)")
 
 
+def fail_under_load(kind: FaultKind, memory: GpuMemory) -> None:
+    """Do what a fault does that ends the process at a request; return where it is none of these."""
+    match kind:
+        case FaultKind.OUT_OF_MEMORY_UNDER_LOAD:
+            out_of_memory(memory, 2.0 * GIB)
+        case FaultKind.CRASH_UNDER_LOAD:
+            crash()
+        case FaultKind.DEVICE_LOST:
+            device_lost()
+        case _:
+            return
+
+
 class RequestFaults:
     """Says which requests a fault under load strikes."""
 

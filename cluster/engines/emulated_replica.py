@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from cluster.engines import emulated_faults as faults
 from cluster.engines.emulated_clock import Link, StepClock, StepNoise
 from cluster.engines.emulated_http import TEXT, Connection, RefusedError, Reply, Request
+from cluster.engines.emulated_parts import Followers, PartSpec
 from cluster.engines.emulated_scheduler import BLOCK_TOKENS, Limits, Scheduler, Sequence
 from search_spaces.emulation import EngineProfile, Fault, FaultKind, Noise
 
@@ -29,7 +30,8 @@ class EmulatedSpec(BaseModel, frozen=True, extra="forbid"):
     """Everything that decides how a replica behaves; options are named as in `search_spaces.engines.emulated`.
 
     `max_model_len` is the longest request in tokens, `slot_dir` the folder through which KV caches are handed over, and
-    `seed` that of the noise and of faults.
+    `seed` that of the noise and of faults. `part` is the share of this process in a replica that spans nodes, and the
+    memory of `devices` is booked in the folder `ledger`.
     """
 
     model_name: str
@@ -47,6 +49,9 @@ class EmulatedSpec(BaseModel, frozen=True, extra="forbid"):
     noise: Noise = Noise()
     seed: str = "0"
     fault: Fault | None = None
+    part: PartSpec | None = None
+    ledger: Path | None = None
+    devices: tuple[int, ...] = ()
 
     def limits(self) -> Limits:
         """What a rank may do at once."""
@@ -159,6 +164,7 @@ class Replica:
         self._requests = 0
         self.connections: set[Connection] = set()
         self.listener: asyncio.Server | None = None
+        self.followers: Followers | None = None
 
     async def handle(self, request: Request, reply: Reply) -> None:
         """Answer `request`; raises `RefusedError` for one that cannot be answered."""
@@ -181,6 +187,8 @@ class Replica:
 
     async def _complete(self, asked: CompletionRequest, reply: Reply) -> None:
         self._requests += 1
+        if self.followers is not None:
+            self.followers.tell_request()
         struck = self._faults.next()
         if struck is not None:
             self._fail_under_load(struck)
@@ -272,13 +280,8 @@ class Replica:
         job.reply.send_json(200, {"object": "text_completion", "model": model, "choices": [choice], **job.usage()})
 
     def _fail_under_load(self, kind: FaultKind) -> None:
+        faults.fail_under_load(kind, self._spec.profile.memory)
         match kind:
-            case FaultKind.OUT_OF_MEMORY_UNDER_LOAD:
-                faults.out_of_memory(self._spec.profile.memory, 2.0 * faults.GIB)
-            case FaultKind.CRASH_UNDER_LOAD:
-                faults.crash()
-            case FaultKind.DEVICE_LOST:
-                faults.device_lost()
             case FaultKind.HANG_UNDER_LOAD:
                 for clock in self._clocks:
                     clock.hung = True

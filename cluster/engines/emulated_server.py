@@ -19,6 +19,8 @@ import time
 from cluster.engines import emulated_faults as faults
 from cluster.engines.child_process import API_KEY_VARIABLE, Exit, die_with_owner, fail, read_spec
 from cluster.engines.emulated_http import Connection
+from cluster.engines.emulated_memory import hold
+from cluster.engines.emulated_parts import Followers, follow
 from cluster.engines.emulated_replica import EmulatedSpec, Replica
 from search_spaces.emulation import Fault
 
@@ -31,7 +33,8 @@ def main() -> None:
     spec = _with_fault_of_environment(read_spec(EmulatedSpec, "Serves one replica of the emulated engine."))
     die_with_owner()
     _boot(spec)
-    asyncio.run(_serve(spec))
+    leads = spec.part is None or spec.part.leads
+    asyncio.run(_serve(spec) if leads else _take_part(spec))
 
 
 def _with_fault_of_environment(spec: EmulatedSpec) -> EmulatedSpec:
@@ -45,7 +48,10 @@ def _with_fault_of_environment(spec: EmulatedSpec) -> EmulatedSpec:
 def _boot(spec: EmulatedSpec) -> None:
     """Check what an engine checks when it starts, and take the time that it takes."""
     profile, memory = spec.profile, spec.profile.memory
-    print(f"EMULATED engine: {spec.model_name} on {profile.title}; times: {profile.origin or 'given'}", flush=True)
+    share = "" if spec.part is None else f", {spec.part}"
+    print(
+        f"EMULATED engine: {spec.model_name} on {profile.title}{share}; times: {profile.origin or 'given'}", flush=True
+    )
     if spec.fault is not None:
         faults.fail_at_boot(spec.fault, memory, spec.max_model_len)
     if spec.max_num_batched_tokens < spec.max_num_seqs:
@@ -63,21 +69,44 @@ def _boot(spec: EmulatedSpec) -> None:
     print(f"KV cache of a rank: {tokens} tokens, {tokens / spec.max_model_len:.1f} requests of full length", flush=True)
     if tokens < spec.max_model_len:
         faults.kv_cache_too_small(spec.max_model_len, tokens)
+    if spec.ledger is not None:
+        hold(spec.ledger, spec.devices, memory.total_bytes * spec.gpu_memory_utilization)
     time.sleep(profile.boot_s)
+
+
+async def _take_part(spec: EmulatedSpec) -> None:
+    """Follow the part that leads; `faults` strike at its requests."""
+    if spec.part is None:
+        raise AssertionError("a replica that is whole leads")
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, os._exit, 0)
+    requests = faults.RequestFaults(spec.fault, spec.seed)
+
+    def strike() -> None:
+        kind = requests.next()
+        if kind is not None:
+            faults.fail_under_load(kind, spec.profile.memory)
+
+    await follow(spec.part, os.environ.get(API_KEY_VARIABLE, ""), strike)
 
 
 async def _serve(spec: EmulatedSpec) -> None:
     loop = asyncio.get_running_loop()
     replica = Replica(spec)
     key = os.environ.get(API_KEY_VARIABLE)
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    if spec.part is not None:
+        replica.followers = Followers(spec.part, key or "")
+        joining = loop.create_task(replica.followers.join())
+        await asyncio.wait([joining, stopping := loop.create_task(stop.wait())], return_when=asyncio.FIRST_COMPLETED)
+        if stopping.done():
+            os._exit(0)
     try:
         replica.listener = await loop.create_server(
             lambda: Connection(replica.handle, key, replica.connections), spec.host, spec.port, backlog=1024
         )
     except OSError as error:
         fail(Exit.PORT_IN_USE, f"port {spec.port} of {spec.host} cannot be bound ({error}); choose another")
-    stop = asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
     print(f"serving {spec.model_name} (EMULATED {spec.profile.title}) on http://{spec.host}:{spec.port}", flush=True)
     await stop.wait()
     os._exit(0)

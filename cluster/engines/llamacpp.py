@@ -16,7 +16,7 @@ from search_spaces.engines.llamacpp import LLAMACPP
 from search_spaces.errors import InvalidValueError, require
 from search_spaces.model import ModelSpec
 from search_spaces.outcome import FailureReason
-from search_spaces.serving import OptionValue, Pool, Role
+from search_spaces.serving import Mode, OptionValue, Pool, Role, ServingConfig
 
 SIGKILL = -9
 _OUT_OF_MEMORY_SIGNS = ("out of memory", "failed to allocate", "bad_alloc", "cannot allocate memory", "MemoryError")
@@ -59,6 +59,16 @@ class LlamaCppBackend:
             "max_context": model.max_context,
         }
         return LaunchCommand(argv=(sys.executable, "-m", "cluster.engines.llamacpp_server", "--spec", json.dumps(spec)))
+
+    def needs_shared_folder(self, config: ServingConfig) -> bool:
+        """True where KV caches are handed over: slots are saved to files and restored from them."""
+        return config.mode is Mode.DISAGGREGATED
+
+    def host_memory_bytes(self, replica: ReplicaSpec) -> float:
+        """Bytes of the model file and of the KV cache at two bytes an element (llama.cpp's f16)."""
+        weights = 0 if replica.model.source is None else Path(replica.model.source).stat().st_size
+        elements = sum(g.count * g.attention.kv_elements_per_token for g in replica.model.layers)
+        return weights + 2.0 * elements * _allocated_slots(replica) * replica.workload.longest_context
 
     def router_command(self, router: RouterSpec) -> LaunchCommand:
         """A process with the router: load balancing where aggregated, hand-over of slots where disaggregated."""

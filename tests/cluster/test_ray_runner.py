@@ -205,7 +205,7 @@ def test_a_model_that_cannot_be_loaded(make_runner: MakeRunner, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("number", "reason"),
-    [(signal.SIGSEGV, FailureReason.ENGINE_CRASH), (signal.SIGKILL, FailureReason.OUT_OF_MEMORY_UNDER_LOAD)],
+    [(signal.SIGSEGV, FailureReason.ENGINE_CRASH), (signal.SIGKILL, FailureReason.UNHEALTHY_NODE)],
 )
 def test_an_engine_that_dies_under_load(
     number: signal.Signals, reason: FailureReason, make_runner: MakeRunner, tmp_path: Path
@@ -218,6 +218,7 @@ def test_an_engine_that_dies_under_load(
     failure = failed(finish(runner, handle))
     assert failure.reason is reason
     assert f"mixed-0 was ended by signal {number.value} under load" in failure.detail
+    assert ("not by the kernel for want of memory" in failure.detail) == (number is signal.SIGKILL)
     assert "serving tiny" in failure.log_tail
     again = measured(finish(runner, runner.start(request("f5", aggregated(), tmp_path))))
     assert "start" in again.timings_s

@@ -14,7 +14,7 @@ def infeasibility(candidate: Candidate, problem: Problem) -> str | None:
     reasons = (
         _context(problem),
         *(_pool(pool, problem) for pool in candidate.config.pools),
-        *(_options(pool, candidate.config.engine) for pool in candidate.config.pools),
+        *(_options(pool, candidate.config.engine, problem) for pool in candidate.config.pools),
         _hand_over(candidate.config),
         _room(candidate.config, problem),
     )
@@ -43,8 +43,13 @@ def _pool(pool: Pool, problem: Problem) -> str | None:
     return None
 
 
-def _options(pool: Pool, engine: str) -> str | None:
-    return engine_spec(engine).conflict(dict(pool.options))
+def _options(pool: Pool, engine: str, problem: Problem) -> str | None:
+    spec, options = engine_spec(engine), dict(pool.options)
+    return (
+        spec.conflict(options)
+        or spec.parallel_conflict(pool.parallelism)
+        or spec.workload_conflict(options, problem.workload)
+    )
 
 
 def _hand_over(config: ServingConfig) -> str | None:

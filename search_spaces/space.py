@@ -15,6 +15,7 @@ from functools import cached_property
 
 from search_spaces.engines import engine_spec
 from search_spaces.errors import InvalidValueError, require
+from search_spaces.hardware import DeviceKind
 from search_spaces.problem import Problem
 from search_spaces.rules import infeasibility
 from search_spaces.serving import (
@@ -152,7 +153,7 @@ class Space:
     def _decode_pools(self, mode: Mode, engine: str, genes: Genotype) -> tuple[Pool, ...]:
         """A pool for each role; options that the hand-over of KV caches wants alike are those of the first."""
         first = self._decode_pool(mode.roles[0], engine, genes)
-        shared = {name: first.option(name) for name in engine_spec(engine).shared_options}
+        shared = {name: first.option(name) for name in engine_spec(engine).shared_options if len(mode.roles) > 1}
         others = (
             self._decode_pool(role, engine, genes | {f"{role}.{name}": value for name, value in shared.items()})
             for role in mode.roles[1:]
@@ -164,20 +165,22 @@ class Space:
         ranks = sizes["tp"] * sizes["dp"]
         sizes["ep"] = max((n for n in self.roles[role].ep if n <= sizes["ep"] and ranks % n == 0), default=1)
         values = {name: genes[f"{role}.{name}"] for name in self.roles[role].options}
-        options = self._decode_options(role, engine, values)
+        node_pool = str(genes[f"{role}.node_pool"])
+        kind = self.problem.node_pool(node_pool).device.kind
+        options = self._decode_options(role, engine, values, kind)
         return Pool(
             role=role,
-            node_pool=str(genes[f"{role}.node_pool"]),
+            node_pool=node_pool,
             replicas=int(genes[f"{role}.replicas"]),
             parallelism=Parallelism(**sizes),
             devices_per_rank=_devices_per_rank(engine, dict(options)),
             options=options,
         )
 
-    def _decode_options(self, role: Role, engine: str, values: Genotype) -> Options:
+    def _decode_options(self, role: Role, engine: str, values: Genotype, kind: DeviceKind) -> Options:
         spec = engine_spec(engine)
         chosen: Genotype = {}
-        for parameter in spec.parameters_of(role):
+        for parameter in spec.parameters_of(role, (kind,)):
             value = values.get(parameter.name, parameter.default)
             chosen[parameter.name] = value if parameter.accepts(value) else parameter.default  # another engine's value
         return make_options(spec.repair(chosen))
@@ -293,7 +296,7 @@ def _nearest(value: OptionValue, choices: tuple[OptionValue, ...]) -> OptionValu
 
 def _devices_per_rank(engine: str, options: Mapping[str, OptionValue]) -> int:
     name = engine_spec(engine).devices_per_rank_option
-    return 1 if name is None else int(options[name])
+    return 1 if name is None or name not in options else int(options[name])
 
 
 def build_space(
@@ -307,9 +310,9 @@ def build_space(
     """The space of a study.
 
     `engines` maps each engine to the options to search and their values; an option that is not named is searched over
-    all of the engine's own choices, one with a single value is fixed. `roles` says where replicas may run and how many;
-    by default one replica on any node pool. Raises `InvalidValueError` for an option that an engine does not have or
-    values outside its choices.
+    the engine's own choices, or keeps its default where it is none of those `searched`; one with a single value is
+    fixed. `roles` says where replicas may run and how many; by default one replica on any node pool. Raises
+    `InvalidValueError` for an option that an engine does not have or values outside its choices.
     """
     node_pools = tuple(pool.name for pool in problem.node_pools)
     base = roles or {}
@@ -317,15 +320,21 @@ def build_space(
     filled = {
         role: replace(
             base.get(role, RoleChoices(node_pools=node_pools)),
-            options=_merged_options(engines, role) | dict(base[role].options if role in base else {}),
+            options=_merged_options(engines, role, _kinds(problem, base.get(role)))
+            | dict(base[role].options if role in base else {}),
         )
         for role in needed
     }
     return Space(problem=problem, engines=tuple(engines), modes=modes, roles=filled, loads=loads)
 
 
+def _kinds(problem: Problem, choices: RoleChoices | None) -> tuple[DeviceKind, ...]:
+    names = [pool.name for pool in problem.node_pools] if choices is None else choices.node_pools
+    return tuple({problem.node_pool(name).device.kind for name in names})
+
+
 def _merged_options(
-    engines: Mapping[str, Mapping[str, tuple[OptionValue, ...]]], role: Role
+    engines: Mapping[str, Mapping[str, tuple[OptionValue, ...]]], role: Role, kinds: tuple[DeviceKind, ...]
 ) -> dict[str, tuple[OptionValue, ...]]:
     """Union over the engines of the values of every option that applies in `role`."""
     merged: dict[str, tuple[OptionValue, ...]] = {}
@@ -333,8 +342,8 @@ def _merged_options(
         spec = engine_spec(engine)
         for name, values in chosen.items():
             _check_values(engine, name, values)
-        for parameter in spec.parameters_of(role):
-            values = chosen.get(parameter.name, parameter.choices)
+        for parameter in spec.parameters_of(role, kinds):
+            values = chosen.get(parameter.name, parameter.searched_choices)
             merged[parameter.name] = tuple(dict.fromkeys(merged.get(parameter.name, ()) + tuple(values)))
     return merged
 

@@ -63,6 +63,15 @@ def _as_engines(value: object) -> object:
     return value
 
 
+def _as_installation(value: object) -> object:
+    """A command alone is an installation that needs nothing else."""
+    return {"command": value} if isinstance(value, str | list) else value
+
+
+def _as_words(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 def _as_seconds(value: object) -> object:
     if not isinstance(value, str):
         return value
@@ -146,10 +155,6 @@ def _every_mode() -> list[ModeName]:
     return ["aggregated", "disaggregated"]
 
 
-def _embedded_engine() -> dict[str, dict[str, list[OptionValue]]]:
-    return {"llamacpp": {}}
-
-
 class ModelSection(Section):
     """The model: one of `preset`, `gguf`, `name` or `config`."""
 
@@ -167,6 +172,11 @@ class ModelSection(Section):
         description="path of a Hugging Face config.json (or its folder), relative to the study file",
         examples=["models/qwen3/config.json"],
     )
+    source: str | None = Field(
+        default=None,
+        description="what engines load for name or config: a Hugging Face name, or a folder of the nodes",
+        examples=["meta-llama/Llama-3.1-70B-Instruct"],
+    )
     nearest_family: bool = Field(
         default=False,
         description="model an unknown architecture of config as the family that it resembles most",
@@ -181,6 +191,8 @@ class ModelSection(Section):
             raise InvalidValueError(f"give exactly one of preset, gguf, name and config ({said}); such as preset: tiny")
         if self.nearest_family and self.config is None:
             raise KeyProblemError("nearest_family", "goes with config alone; give config, or leave it out")
+        if self.source is not None and self.name is None and self.config is None:
+            raise KeyProblemError("source", "goes with name or config; a preset or a GGUF file is loaded itself")
         return self
 
 
@@ -242,6 +254,24 @@ class WorkloadSection(Section):
         return sorted(float(value) for value in (self.concurrency or self.request_rate or []))
 
 
+class InstallationSection(Section):
+    """An engine as installed on the nodes of a pool, apart from this tool. No secrets: the file is stored."""
+
+    command: Annotated[list[str], BeforeValidator(_as_words), Field(min_length=1)] | None = Field(
+        default=None,
+        description="the engine's program, or a list of words; a path with a slash is relative to the study file",
+        examples=["[/opt/vllm/bin/vllm]"],
+    )
+    env: dict[str, str] = Field(
+        default_factory=dict, description="environment variables of the engine", examples=['{HF_HUB_OFFLINE: "1"}']
+    )
+    draft_model: str | None = Field(
+        default=None,
+        description="what speculative decoding with a second model loads: a Hugging Face name, or a folder of the node",
+        examples=["yuhuili/EAGLE3-LLaMA3.1-Instruct-8B"],
+    )
+
+
 class NodePoolSection(Section):
     """Identical nodes: `gpus_per_node` of a catalogue device, or `cpus_per_node` with `device: cpu`."""
 
@@ -254,6 +284,13 @@ class NodePoolSection(Section):
     price_per_hour: float = Field(default=0.0, ge=0, description="dollars per node and hour", examples=[2.5])
     labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels", examples=["{gpu: h100}"])
     accelerator_type: str | None = Field(default=None, description="Ray accelerator type", examples=["H100"])
+    engines: dict[
+        Annotated[str, AfterValidator(_known_engine)], Annotated[InstallationSection, BeforeValidator(_as_installation)]
+    ] = Field(
+        default_factory=dict,
+        description="where the nodes have their engines; by default each engine's own program on the path",
+        examples=["{vllm: /opt/vllm/bin/vllm}"],
+    )
 
     @model_validator(mode="after")
     def _devices_fit(self) -> Self:
@@ -303,6 +340,11 @@ class SpaceSection(Section):
     pp: Counts = Field(default_factory=lambda: [1], description="pipeline-parallel sizes", examples=["[1, 2]"])
     dp: Counts = Field(default_factory=lambda: [1], description="attention-data-parallel sizes", examples=["[1, 2]"])
     ep: Counts = Field(default_factory=lambda: [1], description="expert-parallel sizes", examples=["[1, 8]"])
+    compare_numerics: bool = Field(
+        default=False,
+        description="compare configurations that answer differently: options that change numerics may have many values",
+        examples=["true"],
+    )
     mixed: RoleSection = Field(default_factory=RoleSection, description="replicas of aggregated deployments")
     prefill: RoleSection = Field(default_factory=RoleSection, description="prefill replicas")
     decode: RoleSection = Field(default_factory=RoleSection, description="decode replicas")
@@ -399,7 +441,6 @@ class StudyFile(Section):
     engines: Annotated[
         dict[Annotated[str, AfterValidator(_known_engine)], dict[str, Choices]], BeforeValidator(_as_engines)
     ] = Field(
-        default_factory=_embedded_engine,
         min_length=1,
         description="the engines, each with the options to restrict",
         examples=["[llamacpp]"],
@@ -449,6 +490,33 @@ class StudyFile(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_group_of_numerics(self) -> Self:
+        """What changes the model's answers has one value, unless the study wants to compare."""
+        if self.space.compare_numerics:
+            return self
+        for engine in self.engines:
+            for name in (p.name for p in engine_spec(engine).parameters if p.numerics):
+                values = [str(value) for _, listed in _listings(self, engine, name) for value in listed]
+                if len(set(values)) > 1:
+                    raise KeyProblemError(
+                        _listings(self, engine, name)[0][0],
+                        f"{', '.join(dict.fromkeys(values))} answer differently, so that their figures do not compare; "
+                        "give one value, or set space.compare_numerics: true and judge the answers yourself",
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _installations_known(self) -> Self:
+        for pool_name, pool in self.node_pools.items():
+            for engine in pool.engines:
+                key = f"node_pools.{pool_name}.engines.{engine}"
+                if engine not in self.engines:
+                    raise KeyProblemError(key, f"{engine} is no engine of the study; choose {', '.join(self.engines)}")
+                if not engine_spec(engine).apart:
+                    raise KeyProblemError(key, f"{engine} is part of this tool and has no command; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _node_pools_known(self) -> Self:
         for role in ("mixed", "prefill", "decode"):
             for name in getattr(self.space, role).node_pools or ():
@@ -480,9 +548,9 @@ class StudyFile(Section):
                 "model.name",
                 f"{self.model.name!r} has no weights here; give preset, gguf, or config for random weights",
             )
-        unloadable = [name for name in self.engines if not engine_spec(name).launchable]
-        if unloadable and self.model.gguf is not None:
-            raise KeyProblemError("model.gguf", f"{', '.join(unloadable)} loads no GGUF file; give name or config")
+        others = [name for name in self.engines if engine_spec(name).apart]
+        if others and self.model.gguf is not None:
+            raise KeyProblemError("model.gguf", f"{', '.join(others)} loads no GGUF file here; give name or config")
         return self
 
     @model_validator(mode="after")
@@ -511,8 +579,16 @@ def _wrong_device(engine: str, device: str) -> str:
     if spec.emulated:
         return f"{device} is never emulated; name a GPU such as h100_sxm"
     kinds = " or ".join(str(kind) for kind in spec.devices)
-    choices = "vllm, sglang, trtllm or emulated" if device != "cpu" else "llamacpp"
+    choices = "vllm, sglang, trtllm or emulated" if device != "cpu" else "llamacpp or vllm"
     return f"{engine} runs on {kinds} here, not on {device}; choose {choices}, or another device"
+
+
+def _listings(study: StudyFile, engine: str, option: str) -> list[tuple[str, list[OptionValue]]]:
+    """The places in `study` that list values of an option of `engine`: keys and values."""
+    found = [(f"engines.{engine}.{option}", study.engines[engine].get(option, []))]
+    roles = ((role, getattr(study.space, role)) for role in ("mixed", "prefill", "decode"))
+    found += [(f"space.{role}.options.{option}", section.options.get(option, [])) for role, section in roles]
+    return [(key, values) for key, values in found if values]
 
 
 def _has_option(engine: str, name: str) -> bool:

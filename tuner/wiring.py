@@ -25,11 +25,12 @@ from search_spaces.space import RoleChoices, Space, build_space
 from search_spaces.workload import Arrival, Length, Workload
 from tuner.access import Cluster, Connect
 from tuner.places import Place
-from tuner.study_schema import EmulationSection, NodePoolSection, RoleSection, StudyFile
+from tuner.study_schema import EmulationSection, InstallationSection, NodePoolSection, RoleSection, StudyFile
 
 if TYPE_CHECKING:
     from cluster.engines.base import EngineBackend
     from cluster.engines.emulated import EmulatedBackend
+    from cluster.engines.installation import Installation
     from cluster.ray_session import RayCluster
     from cluster.runner import TrialRunner
     from perf_model.calibration import CalibratedPredictor
@@ -80,10 +81,12 @@ def make_model(study: StudyFile) -> ModelSpec:
     if study.model.preset is not None:
         return MODEL_PRESETS[study.model.preset]
     if study.model.name is not None:
-        return known_model(study.model.name)
+        return replace(known_model(study.model.name), source=study.model.source)
     if study.model.config is not None:
         found = read_model(Path(study.model.config), nearest=study.model.nearest_family)
-        return replace(found, source=None) if "llamacpp" in study.engines else found  # random weights of that shape
+        if "llamacpp" in study.engines:
+            return replace(found, source=None)  # random weights of that shape
+        return replace(found, source=study.model.source or found.source)
     _require_extra("gguf", "llamacpp", "reading a GGUF file")
     from cluster.engines.gguf_header import read_model as read_gguf
 
@@ -211,10 +214,10 @@ def connector(address: str | None, study: StudyFile) -> Connect:
 
     Raises `TunerError` for engines that cannot be launched, or that this machine is to run and that are not installed.
     """
-    require_launchable(study)
+    require_weights(study)
     if address is None:
         for engine in study.engines:
-            _require_installed(engine)
+            _require_installed(engine, study)
 
     @contextmanager
     def connect(problem: Problem, place: Place) -> Iterator[Cluster]:
@@ -235,13 +238,13 @@ def trials_at_once(study: StudyFile, problem: Problem, address: str | None) -> i
     return 1 if address is None else min(MOST_AT_ONCE, sum(pool.nodes for pool in problem.node_pools))
 
 
-def require_launchable(study: StudyFile) -> None:
-    """Raise `TunerError` where an engine of `study` can be predicted, but not started by this version."""
-    missing = [engine for engine in study.engines if not engine_spec(engine).launchable]
-    if missing:
+def require_weights(study: StudyFile) -> None:
+    """Raise `TunerError` where an engine of `study` would have nothing to load: a name alone is enough to predict."""
+    needing = [engine for engine in study.engines if engine_spec(engine).apart]
+    if needing and study.model.name is not None and study.model.source is None:
         raise TunerError(
-            f"launching {', '.join(missing)} is not there yet: this version predicts it (tuner predict FILE) or "
-            "emulates it from the same predictions (engines: emulated); what it launches is llamacpp"
+            f"model.source is missing: {', '.join(needing)} loads {study.model.name} from somewhere; give a Hugging "
+            "Face name or a folder of the nodes, or only predict (tuner predict FILE), or emulate (engines: emulated)"
         )
 
 
@@ -256,9 +259,17 @@ def _reach(address: str | None, study: StudyFile, problem: Problem, at_once: int
     return reach(address, problem.node_pools, trials_at_once=at_once)
 
 
-def _require_installed(engine: str) -> None:
+def _require_installed(engine: str, study: StudyFile) -> None:
+    """Raise `TunerError` where this machine, which is to run `engine`, does not have it."""
     if engine == "llamacpp":
         _require_extra("xllamacpp", "llamacpp", "the engine llamacpp")
+    if engine_spec(engine).apart:
+        from cluster.engines.installation import missing_program
+
+        for name, pool in study.node_pools.items():
+            missing = missing_program(engine, _installation(pool, engine))
+            if missing is not None:
+                raise TunerError(f"{missing}; name it with node_pools.{name}.engines.{engine}.command")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +308,26 @@ def make_backends(study: StudyFile, problem: Problem) -> dict[str, EngineBackend
     backends: dict[str, EngineBackend] = {"llamacpp": LlamaCppBackend()}
     if is_emulated(study):
         backends["emulated"] = emulated_backend(study, problem)
-    return backends
+    return backends | {engine: _backend_apart(engine, study) for engine in study.engines if engine_spec(engine).apart}
+
+
+def _backend_apart(engine: str, study: StudyFile) -> EngineBackend:
+    """The backend of an engine that lives in an environment of its own."""
+    from cluster.engines.catalogue import BACKENDS_APART
+
+    return BACKENDS_APART[engine]({name: _installation(pool, engine) for name, pool in study.node_pools.items()})
+
+
+def _installation(pool: NodePoolSection, engine: str) -> Installation:
+    from cluster.engines.installation import Installation
+
+    found = pool.engines.get(engine) or InstallationSection()
+    return Installation(
+        device=DeviceKind.CPU if pool.device == "cpu" else DeviceKind.GPU,
+        command=tuple(found.command or ()),
+        env=dict(found.env),
+        draft_model=found.draft_model,
+    )
 
 
 def emulated_backend(study: StudyFile, problem: Problem) -> EmulatedBackend:

@@ -9,7 +9,7 @@ import aiohttp
 from aiohttp import web
 
 from cluster.router.records import Record
-from cluster.router.replies import last_timings
+from cluster.router.replies import last_timings, last_usage
 from cluster.router.requests import JsonObject
 from cluster.router.upstream import posted, relay
 
@@ -43,6 +43,9 @@ class AggregatedRoute:
         if timings is not None:
             record.prompt_tokens = timings.prompt_n + timings.cache_n
             record.prefill_engine_ms, record.decode_engine_ms = timings.prompt_ms, timings.predicted_ms
+        usage = last_usage(relayed.tail)
+        if usage is not None:
+            record.prompt_tokens = usage.prompt_tokens
         return relayed.response
 
     def state(self) -> dict[str, object]:

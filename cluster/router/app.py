@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import os
 import time
 from collections.abc import AsyncIterator
@@ -16,10 +17,14 @@ from aiohttp.typedefs import Handler, Middleware
 from cluster.engines.child_process import API_KEY_VARIABLE
 from cluster.router.aggregated import AggregatedRoute
 from cluster.router.disaggregated import DisaggregatedRoute
-from cluster.router.options import RouterOptions
+from cluster.router.metrics_text import read_figures
+from cluster.router.options import Protocol, RouterOptions
+from cluster.router.paired import PairedRoute
 from cluster.router.records import Ending, Record, Records, summary
 from cluster.router.requests import BadRequestError, parse_request
 from cluster.router.upstream import BrokenStreamError, UpstreamError, open_session
+
+log = logging.getLogger(__name__)
 
 LARGEST_REQUEST_BYTES = 64 * 2**20
 HEALTH_TIMEOUT_S = 5.0
@@ -29,7 +34,7 @@ STOP_TIMEOUT_S = 0.5
 CLIENT_CLOSED_REQUEST = 499  # as nginx has it
 _GONE = "the client went away"
 
-Route = AggregatedRoute | DisaggregatedRoute
+Route = AggregatedRoute | DisaggregatedRoute | PairedRoute
 
 
 class Router:
@@ -39,11 +44,8 @@ class Router:
         self._urls = options.urls
         self._mode = "disaggregated" if options.is_disaggregated else "aggregated"
         self._session = session
-        self._route: Route = (
-            DisaggregatedRoute(session, options)
-            if options.is_disaggregated
-            else AggregatedRoute(session, options.mixed_urls)
-        )
+        self._metrics = options.metrics
+        self._route = _route(session, options)
         self._records = Records()
         self._in_flight = 0
 
@@ -98,16 +100,37 @@ class Router:
         except ValueError as error:
             return _error(400, f"since_ns and last are whole numbers: {error}")
         records = self._records.since(since_ns)
+        metrics = await asyncio.gather(*(self._figures(url) for url in self._urls)) if self._metrics else ()
         return web.json_response(
             {
                 "mode": self._mode,
                 "in_flight": self._in_flight,
                 "endings": {str(ending): self._records.endings[ending] for ending in Ending},
                 **self._route.state(),
+                "engine_metrics": dict(zip(self._urls, metrics, strict=False)),
                 "summary": summary(records),
                 "records": [asdict(record) for record in records[max(0, len(records) - last) :]],
             }
         )
+
+    async def _figures(self, url: str) -> dict[str, float]:
+        """Figures of a replica's `/metrics` by our names; those that it does not tell of are left out."""
+        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+        try:
+            async with self._session.get(f"{url}/metrics", timeout=timeout) as response:
+                text = await response.text()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            log.warning("no metrics from %s: %s: %s", url, type(error).__name__, error)
+            return {}
+        return read_figures(text, self._metrics)
+
+
+def _route(session: aiohttp.ClientSession, options: RouterOptions) -> Route:
+    if not options.is_disaggregated:
+        return AggregatedRoute(session, options.mixed_urls)
+    if options.protocol is Protocol.SLOTS:
+        return DisaggregatedRoute(session, options)
+    return PairedRoute(session, options)
 
 
 ROUTER = web.AppKey("router", Router)

@@ -1,4 +1,4 @@
-"""What llama.cpp's server answers, as far as the router reads it."""
+"""What engines' servers answer, as far as the router reads it; timings and slots are llama.cpp's."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ class Timings(BaseModel, frozen=True):
     predicted_ms: float
 
 
+class PromptTokensDetails(BaseModel, frozen=True):
+    """Prompt tokens that were found in a cache, one that another replica filled included."""
+
+    cached_tokens: int | None = None
+
+
 class Usage(BaseModel, frozen=True):
     """Token counts of a request."""
 
     prompt_tokens: int
     completion_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
 
 
 class Completion(BaseModel, frozen=True):
@@ -55,6 +62,40 @@ class Restored(BaseModel, frozen=True):
     n_restored: int
     n_read: int
     timings: RestoreTimings
+
+
+class Chunk(BaseModel, frozen=True):
+    """A whole completion, or the last chunk of a streamed one, as every OpenAI-compatible engine has it."""
+
+    usage: Usage | None = None
+
+
+class PrefillChoice(BaseModel, frozen=True):
+    """What TensorRT-LLM's context server says of a request, for its generation server."""
+
+    disaggregated_params: dict[str, object] | None = None
+
+
+class PrefillAnswer(BaseModel, frozen=True):
+    """What a prefill replica answers; `kv_transfer_params` is vLLM's address of the KV blocks."""
+
+    usage: Usage | None = None
+    kv_transfer_params: dict[str, object] | None = None
+    choices: tuple[PrefillChoice, ...] = ()
+
+
+def last_usage(tail: bytes) -> Usage | None:
+    """Token counts in the last bytes of an answer, streamed or whole; None where it broke off before them."""
+    for line in reversed(tail.splitlines()):
+        text = line.removeprefix(b"data: ")
+        if b'"usage"' in text:
+            try:
+                found = Chunk.model_validate_json(text).usage
+            except ValidationError:  # cut off at the start: too long for the bytes kept
+                return None
+            if found is not None:
+                return found
+    return None
 
 
 def last_timings(tail: bytes) -> Timings | None:

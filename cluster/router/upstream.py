@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -128,8 +128,10 @@ class Relayed:
     first_at: float | None
 
 
-async def relay(upstream: aiohttp.ClientResponse, request: web.Request) -> Relayed:
-    """Pass `upstream` on as it comes.
+async def relay(
+    upstream: aiohttp.ClientResponse, request: web.Request, begun: Callable[[], None] | None = None
+) -> Relayed:
+    """Pass `upstream` on as it comes; `begun` is called when the first bytes have come, before they are passed on.
 
     Raises `BrokenStreamError` where the replica breaks off; the client then has an error event and no `[DONE]`.
     """
@@ -138,7 +140,10 @@ async def relay(upstream: aiohttp.ClientResponse, request: web.Request) -> Relay
     tail, first_at = b"", None
     try:
         async for chunk in _chunks(upstream):
-            first_at = first_at or time.perf_counter()
+            if first_at is None:
+                first_at = time.perf_counter()
+                if begun is not None:
+                    begun()
             await response.write(chunk)
             tail = (tail + chunk)[-TAIL_BYTES:]
     except UpstreamError as error:

@@ -7,15 +7,23 @@ from dataclasses import dataclass
 
 from search_spaces.errors import InvalidValueError, require
 from search_spaces.hardware import DeviceKind
-from search_spaces.serving import OptionValue, Role
+from search_spaces.serving import OptionValue, Parallelism, Role
+from search_spaces.workload import Workload
 
 ALL_ROLES = (Role.MIXED, Role.PREFILL, Role.DECODE)
+SPLIT_ROLES = (Role.PREFILL, Role.DECODE)
+ALL_KINDS = (DeviceKind.GPU, DeviceKind.CPU)
 OptionValues = dict[str, OptionValue]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineParameter:
-    """One option of an engine: its sound values in order, the engine's own default, unit and meaning."""
+    """One option of an engine: its sound values in order, the engine's own default, unit and meaning.
+
+    It applies to replicas in `roles` on devices of `kinds`. One that is not `searched` keeps its default unless the
+    study names it. One that changes `numerics` changes what the model answers: a study compares its values only where
+    it says so.
+    """
 
     name: str
     choices: tuple[OptionValue, ...]
@@ -23,6 +31,9 @@ class EngineParameter:
     unit: str
     meaning: str
     roles: tuple[Role, ...] = ALL_ROLES
+    kinds: tuple[DeviceKind, ...] = ALL_KINDS
+    searched: bool = True
+    numerics: bool = False
 
     def __post_init__(self) -> None:
         require(
@@ -34,6 +45,11 @@ class EngineParameter:
     def is_number(self) -> bool:
         """True where the choices are points of a numeric range."""
         return all(isinstance(choice, (int, float)) and not isinstance(choice, bool) for choice in self.choices)
+
+    @property
+    def searched_choices(self) -> tuple[OptionValue, ...]:
+        """The values that a study searches which does not name the option."""
+        return self.choices if self.searched else (self.default,)
 
     def accepts(self, value: OptionValue) -> bool:
         """True for a choice, and for any number of the same kind inside the range of a numeric parameter."""
@@ -52,15 +68,24 @@ def _no_conflict(_options: Mapping[str, OptionValue]) -> str | None:
     return None
 
 
+def _any_parallelism(_sizes: Parallelism) -> str | None:
+    return None
+
+
+def _any_workload(_options: Mapping[str, OptionValue], _workload: Workload) -> str | None:
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
     """Everything that may be chosen of an engine.
 
     `devices_per_rank_option` names the option that says how many devices (cores) one rank takes, None for one.
-    `repair` mends a combination of options that the engine would refuse; `conflict` says why it would refuse one.
+    `repair` mends a combination of options that the engine would refuse; `conflict` says why it would refuse one,
+    `parallel_conflict` why it would refuse parallel sizes, `workload_conflict` why it could not serve a workload.
     `shared_options` must be the same in a prefill and a decode pool: the hand-over of KV caches depends on them.
     `emulated` engines compute nothing: they only take the time that a performance model says. `devices` are the kinds
-    that the engine runs on; one that is not `launchable` can be predicted, but not started by this version.
+    that the engine runs on. An engine that is `apart` lives in an environment of its own, where a command starts it.
     """
 
     name: str
@@ -69,10 +94,12 @@ class EngineSpec:
     devices_per_rank_option: str | None = None
     repair: Callable[[Mapping[str, OptionValue]], OptionValues] = _no_repair
     conflict: Callable[[Mapping[str, OptionValue]], str | None] = _no_conflict
+    parallel_conflict: Callable[[Parallelism], str | None] = _any_parallelism
+    workload_conflict: Callable[[Mapping[str, OptionValue], Workload], str | None] = _any_workload
     shared_options: tuple[str, ...] = ()
     emulated: bool = False
+    apart: bool = False
     devices: tuple[DeviceKind, ...] = (DeviceKind.CPU,)
-    launchable: bool = True
 
     def parameter(self, name: str) -> EngineParameter:
         """The parameter called `name`; raises `InvalidValueError` with the known names."""
@@ -82,6 +109,6 @@ class EngineSpec:
         known = ", ".join(p.name for p in self.parameters)
         raise InvalidValueError(f"engine {self.name} has no option {name!r}; choose {known}")
 
-    def parameters_of(self, role: Role) -> tuple[EngineParameter, ...]:
-        """The parameters that apply in `role`."""
-        return tuple(p for p in self.parameters if role in p.roles)
+    def parameters_of(self, role: Role, kinds: tuple[DeviceKind, ...] = ALL_KINDS) -> tuple[EngineParameter, ...]:
+        """The parameters that apply in `role` on devices of one of `kinds`."""
+        return tuple(p for p in self.parameters if role in p.roles and set(kinds) & set(p.kinds))

@@ -11,8 +11,8 @@ from search_spaces.hardware import DeviceKind
 
 SGLANG = EngineSpec(
     name="sglang",
+    apart=True,
     devices=(DeviceKind.GPU,),
-    launchable=False,
     shared_options=("kv_cache_dtype",),
     parameters=(
         EngineParameter(

@@ -12,8 +12,8 @@ from search_spaces.hardware import DeviceKind
 
 TRTLLM = EngineSpec(
     name="trtllm",
+    apart=True,
     devices=(DeviceKind.GPU,),
-    launchable=False,
     shared_options=("kv_cache_dtype",),
     parameters=(
         EngineParameter(

@@ -20,7 +20,7 @@ from tuner.cli import main
 from tuner.predict import look_out
 from tuner.study_errors import StudyFileError
 from tuner.study_file import load_study_file, parse_study
-from tuner.wiring import make_model, make_problem, make_space, require_launchable
+from tuner.wiring import make_model, make_problem, make_space, require_weights
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "predict-70b.yaml"
 GPU = """
@@ -156,21 +156,27 @@ def test_steps_by_operation_add_up_to_the_step() -> None:
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
-def test_every_gpu_engine_is_predicted_and_not_launched(engine: str) -> None:
+def test_every_gpu_engine_is_predicted_from_a_name_and_launched_only_with_weights(engine: str) -> None:
     study = parse_study(GPU.replace("vllm: {quantization: none}", f"{engine}: {{}}"))
     forecast = look_out(study, top=1)
     assert forecast.defaults[0].prediction.metrics["ttft_mean_ms"] > 0
-    with pytest.raises(TunerError, match=rf"launching {engine} is not there yet: .*tuner predict FILE"):
-        require_launchable(study)
+    with pytest.raises(TunerError, match=rf"{engine} loads Llama-3.1-8B from somewhere; .*tuner predict FILE"):
+        require_weights(study)
+    source = "{name: Llama-3.1-8B, source: meta-llama/Llama-3.1-8B-Instruct}"
+    with_weights = parse_study(
+        GPU.replace("{name: Llama-3.1-8B}", source).replace("vllm: {quantization: none}", f"{engine}: {{}}")
+    )
+    require_weights(with_weights)
+    assert make_model(with_weights).source == "meta-llama/Llama-3.1-8B-Instruct"
 
 
-def test_run_of_an_engine_that_is_not_launched_says_so_before_anything_starts(
+def test_run_without_weights_says_so_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     storage = f"sqlite:///{tmp_path}/studies.db"
     code, _, err = call(monkeypatch, capsys, "study", "run", str(EXAMPLE), "--storage", storage)
     assert code == 2
-    assert "launching vllm is not there yet" in err
+    assert "model.source is missing" in err
 
 
 def test_options_reach_the_model() -> None:
@@ -198,8 +204,8 @@ def test_options_reach_the_model() -> None:
 
 
 def test_engines_have_their_own_values_of_options_with_one_name() -> None:
-    text = GPU.replace("vllm: {quantization: none}", "vllm: {}, sglang: {}")
-    study = parse_study(text)
+    both = "vllm: {kv_cache_dtype: [auto, fp8]}, sglang: {kv_cache_dtype: [auto, fp8_e4m3]}"
+    study = parse_study(GPU.replace("vllm: {quantization: none}", both), ["space.compare_numerics=true"])
     space = make_space(study, make_problem(study))
     candidate = space.decode({"engine": "sglang", "mixed.kv_cache_dtype": "fp8"})
     assert candidate.config.pools[0].option("kv_cache_dtype") == "auto"  # fp8 is vLLM's word, not SGLang's
@@ -210,17 +216,41 @@ def test_engines_have_their_own_values_of_options_with_one_name() -> None:
 
 def test_specs_name_their_devices() -> None:
     assert engine_spec("llamacpp").devices == (DeviceKind.CPU,)
-    for name in ("vllm", "sglang", "trtllm", "emulated"):
+    assert engine_spec("vllm").devices == (DeviceKind.GPU, DeviceKind.CPU)
+    for name in ("sglang", "trtllm", "emulated"):
         assert engine_spec(name).devices == (DeviceKind.GPU,)
-    assert [name for name, spec in ENGINES.items() if spec.launchable] == ["llamacpp", "emulated"]
+    assert [name for name, spec in ENGINES.items() if spec.apart] == ["vllm", "sglang", "trtllm"]
+
+
+def test_what_changes_the_answers_is_compared_only_on_demand() -> None:
+    both = GPU.replace("{quantization: none}", "{quantization: [none, fp8]}")
+    with pytest.raises(StudyFileError, match=r"none, fp8 answer differently.*space\.compare_numerics: true"):
+        parse_study(both)
+    study = parse_study(both, ["space.compare_numerics=true"])
+    genes = {parameter.name: parameter.choices for parameter in make_space(study, make_problem(study)).parameters}
+    assert genes["mixed.quantization"] == ("none", "fp8")
+    assert "mixed.kv_cache_dtype" not in genes  # nor is it searched where the study does not name it
+
+
+def test_installations_of_engines_are_checked_and_made_absolute(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    pool = "gpus_per_node: 8, engines: {vllm: venv/bin/vllm}"
+    file.write_text(GPU.replace("gpus_per_node: 8", pool), encoding="utf-8")
+    (found,) = load_study_file(file).node_pools.values()
+    assert found.engines["vllm"].command == [str(tmp_path / "venv/bin/vllm")]
+    with pytest.raises(StudyFileError, match="sglang is no engine of the study; choose vllm"):
+        parse_study(GPU.replace("gpus_per_node: 8", "gpus_per_node: 8, engines: {sglang: x}"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
-            ("device: h100_sxm, gpus_per_node: 8", "cpus_per_node: 8"),
-            "vllm runs on gpu here, not on cpu; choose llamacpp",
+            (
+                "device: h100_sxm, gpus_per_node: 8, price_per_hour: 24.0}}\nengines: {vllm: {quantization: none}}",
+                "cpus_per_node: 8}}\nengines: {sglang: {}}",
+            ),
+            "sglang runs on gpu here, not on cpu; choose llamacpp or vllm",
         ),
         (("vllm: {quantization: none}", "llamacpp: {}"), "llamacpp runs on cpu here, not on h100_sxm; choose vllm"),
         (("{name: Llama-3.1-8B}", "{name: Llama-3.1-8B, config: x}"), "exactly one of preset, gguf, name and config"),

@@ -26,6 +26,7 @@ from perf_model.tables import default_root
 from search_spaces.errors import InvalidValueError, TunerError
 from search_spaces.hardware import NodePool
 from search_spaces.problem import Problem
+from tuner.collect_collectives import OPERATIONS, CollectiveName, measure_collective
 from tuner.collect_kernels import COPY_BYTES, KernelFacts, fit_copies, kernel_facts, measure_copies, measure_shapes
 from tuner.collect_table import CollectedTable, Row, key_of
 
@@ -41,6 +42,7 @@ BATCHES, QUICK_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 8, 64)
 LENGTHS, QUICK_LENGTHS = (16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768), (256, 2048, 8192)
 MOST_TOKENS = 2**18
 MESSAGES, QUICK_MESSAGES = tuple(2**n for n in range(10, 28)), (2**12, 2**18, 2**24)
+NCCL, NCCL_TABLE = "nccl", "nccl_perf"
 SECONDS = 0.02
 FORMATS = ("bfloat16", "fp8")
 Step = tuple[str, int, int, int]
@@ -185,26 +187,44 @@ class GpuCollection:
         yield name, len(sizes), len(sizes), found
 
     def _collectives(self) -> Iterator[Step]:
-        from tuner.collect_collectives import measure_all_reduce
-
-        name = "custom_allreduce_perf"
+        """Collectives of NCCL, the all-reduces also as those of the engines, and the delay between two GPUs."""
         messages = QUICK_MESSAGES if self.quick else MESSAGES
         ranks = [n for n in (2, 4, 8) if n <= self.pool.devices_per_node]
-        known = self.table("comm", name, self.engines[0]).known()
-
-        def row(count: int, size: int) -> dict[str, str | float | int]:
-            return {"allreduce_dtype": "bfloat16", "num_gpus": count, "message_size": size}
-
-        missing = {n: [size for size in messages if key_of(row(n, size)) not in known] for n in ranks}
-        total = len(ranks) * len(messages)
-        done = found = total - sum(len(sizes) for sizes in missing.values())
-        yield name, done, total, found
-        for count, sizes in missing.items():
+        known = self.table("comm", NCCL_TABLE, NCCL).known()
+        wanted = list(product(OPERATIONS, ranks, messages))
+        missing = {
+            (name, count): [m for m in messages if key_of(_collective_row(name, count, m)) not in known]
+            for name, count in product(OPERATIONS, ranks)
+        }
+        done = found = len(wanted) - sum(len(sizes) for sizes in missing.values())
+        yield NCCL_TABLE, done, len(wanted), found
+        for (name, count), sizes in missing.items():
             if sizes:
-                times = self.cluster.run_on_pool(self.pool, count, LIMIT_S, measure_all_reduce, count, sizes)
-                self._add("comm", name, [row(count, s) | {"latency": t} for s, t in zip(sizes, times, strict=True)])
+                self._collective(name, count, sizes)
                 done += len(sizes)
-                yield name, done, total, found
+                yield NCCL_TABLE, done, len(wanted), found
+        if ranks and found < len(wanted):
+            self._write_hop()
+
+    def _collective(self, name: CollectiveName, count: int, sizes: list[int]) -> None:
+        """Measure one collective over `count` GPUs and write it."""
+        backend = "nccl" if self.bench == "torch" else "gloo"
+        times = self.cluster.run_on_pool(self.pool, count, LIMIT_S, measure_collective, name, count, sizes, backend)
+        pairs = list(zip(sizes, times, strict=True))
+        rows = [_collective_row(name, count, m) | _timed(self.facts.library, t) for m, t in pairs]
+        self.table("comm", NCCL_TABLE, NCCL).add(rows)
+        if name == "all_reduce":
+            own: list[Row] = [
+                {"allreduce_dtype": "bfloat16", "num_gpus": count, "message_size": m, "latency": t} for m, t in pairs
+            ]
+            self._add("comm", "custom_allreduce_perf", own)
+
+    def _write_hop(self) -> None:
+        """The delay of a message between two GPUs, into the system's file: that of a short one."""
+        backend = "nccl" if self.bench == "torch" else "gloo"
+        sizes = [MESSAGES[0]]
+        (time_ms,) = self.cluster.run_on_pool(self.pool, 2, LIMIT_S, measure_collective, "p2p", 2, sizes, backend)
+        self._write_system({"p2p_latency": time_ms / 1e3}, section="node")
 
     @property
     def _system(self) -> GpuSystem:
@@ -216,15 +236,24 @@ class GpuCollection:
         if not (self.root / f"{self.system}.yaml").is_file():
             self._write_system({})
 
-    def _write_system(self, gpu: Mapping[str, float]) -> None:
-        """The system's file: the public one where there is one, else the data sheet; `gpu` replaces figures in it."""
+    def _write_system(self, figures: Mapping[str, float], section: str = "gpu") -> None:
+        """The system's file: the public one where there is one, else the data sheet, with `figures` in a section."""
         public, file = default_root(), self.root / f"{self.system}.yaml"
         sources = [file, *([public / file.name] if public else [])]
         held = next((yaml.safe_load(s.read_text(encoding="utf-8")) for s in sources if s.is_file()), None)
         content = held or _data_sheet(self._system)
-        content["gpu"] |= {name: float(value) for name, value in gpu.items()}
+        content[section] |= {name: float(value) for name, value in figures.items()}
         self.root.mkdir(parents=True, exist_ok=True)
         file.write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
+def _collective_row(name: str, count: int, elements: int) -> dict[str, str | float | int]:
+    """A row without its time; 16-bit formats are `half` in these tables."""
+    return {"op_name": name, "nccl_dtype": "half", "num_gpus": count, "message_size": elements}
+
+
+def _timed(library: str, time_ms: float) -> dict[str, str | float | int]:
+    return {"latency": time_ms, "kernel_source": library}
 
 
 def needed_shapes(

@@ -20,7 +20,7 @@ from perf_model.costs import OperationCosts
 from perf_model.curves import Origin
 from perf_model.embedded import EmbeddedSteps
 from perf_model.engine_traits import engine_traits
-from perf_model.operations import Gemm
+from perf_model.operations import Collective, Communication, Gemm
 from perf_model.step_tables import (
     DECODE_TABLE,
     DEVICE_FILE,
@@ -37,9 +37,9 @@ from perf_model.tables import TableStore
 from search_spaces.errors import InvalidValueError, TunerError
 from search_spaces.hardware import NodePool
 from search_spaces.model_presets import TINY_MODEL
-from tuner.collect_collectives import measure_all_reduce
+from tuner.collect_collectives import OPERATIONS, CollectiveName, measure_collective
 from tuner.collect_cores import CoreCollection, Part, grid_of, system_of_cpu
-from tuner.collect_gpus import GpuCollection, needed_shapes
+from tuner.collect_gpus import QUICK_MESSAGES, GpuCollection, needed_shapes
 from tuner.collect_kernels import fit_copies, kernel_facts
 from tuner.collect_table import CollectedTable
 from tuner.collecting import LOCAL_STUDY, Wanted, collect
@@ -58,6 +58,7 @@ engines: {vllm: {}}
 space: {modes: aggregated, tp: [4, 8]}
 calibration: none
 """
+RANKS = (2,)  # those of a node of two GPUs
 CPU = """
 name: cores
 workload: {isl: 64, osl: 16, concurrency: [1, 4]}
@@ -171,15 +172,37 @@ def test_a_node_without_torch_says_so() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-def test_an_all_reduce_between_processes() -> None:
-    small, large = measure_all_reduce(2, [1024, 4_194_304], "gloo")
+@pytest.mark.parametrize("operation", [*OPERATIONS, "p2p"])
+def test_a_collective_between_processes(operation: CollectiveName) -> None:
+    small, large = measure_collective(operation, 2, [1024, 4_194_304], "gloo")
     assert 0 < small < large
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="torch is installed")
-def test_an_all_reduce_that_fails_says_why() -> None:
-    with pytest.raises(TunerError, match=r"the all-reduce over 2 GPUs failed \(code 1\): .*torch"):
-        measure_all_reduce(2, [1024], "gloo")
+def test_a_collective_that_fails_says_why() -> None:
+    with pytest.raises(TunerError, match=r"all_gather over 2 GPUs failed \(code 1\): .*torch"):
+        measure_collective("all_gather", 2, [1024], "gloo")
+
+
+def test_collected_collectives_are_read_by_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times of a made-up machine stand in for those of GPUs: 5 us and a ns for each element; twice that to reduce."""
+
+    def timed(operation: CollectiveName, ranks: int, elements: list[int], backend: str) -> list[float]:
+        assert (ranks <= 8, backend) == (True, "gloo")
+        return [(5e-3 + 1e-6 * size) * (2.0 if operation == "all_reduce" else 1.0) for size in elements]
+
+    monkeypatch.setattr("tuner.collect_gpus.measure_collective", timed)
+    made = gpu_collection(tmp_path / "tables", HereCluster())
+    last = list(made.measure("collectives"))[-1]
+    assert last[1] == last[2] == 4 * len(RANKS) * len(QUICK_MESSAGES)
+    store = TableStore(tmp_path / "tables", "h100_sxm", "vllm")
+    costs = OperationCosts(store, read_system(tmp_path / "tables", "h100_sxm"), repair=False)
+    sizes = {"elements_per_token": 1.0, "ranks": 2, "count": 1.0}
+    for kind, custom, factor in ((Collective.ALL_GATHER, False, 1.0), (Collective.ALL_REDUCE, True, 2.0)):
+        curve = costs.token_curve(Communication(name="x", kind=kind, custom=custom, **sizes))
+        assert float(curve(np.array(2.0**18))) == pytest.approx(factor * (5e-3 + 1e-6 * 2**18))
+    assert read_system(tmp_path / "tables", "h100_sxm").hop_s == pytest.approx(5e-6 + 1e-9 * 2**10)
+    assert all(done == found for _, done, _, found in made.measure("collectives"))
 
 
 def test_families_and_pools_are_checked(tmp_path: Path) -> None:

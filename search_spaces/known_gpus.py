@@ -32,6 +32,9 @@ def _gpu(
 _HOPPER = {"bf16": 989e12, "fp8": 1979e12, "int8": 1979e12, "fp32": 67e12}
 _ADA = {"bf16": 362e12, "fp8": 733e12, "int8": 733e12, "fp32": 91.6e12}
 _BLACKWELL = {"bf16": 2250e12, "fp8": 4500e12, "int8": 4500e12, "fp4": 9000e12, "fp32": 80e12}
+# GeForce GPUs accumulate in FP32 at half the rate of their advertised FP16 and FP8 figures; joined by PCIe, 25 GbE.
+_RTX_4090 = {"bf16": 165.2e12, "fp8": 330.3e12, "int8": 660.6e12, "fp32": 82.6e12}
+_RTX_5090 = {"bf16": 209.5e12, "fp8": 419e12, "int8": 838e12, "fp4": 1676e12, "fp32": 104.8e12}
 
 GPUS: dict[str, Device] = {
     device.name: device
@@ -49,6 +52,8 @@ GPUS: dict[str, Device] = {
         _gpu("h200_sxm", memory=141, bandwidth=4.8e12, link=450e9, network=50e9, power=700, flops=_HOPPER),
         _gpu("b200_sxm", memory=180, bandwidth=8.0e12, link=900e9, network=50e9, power=1000, flops=_BLACKWELL),
         _gpu("l40s", memory=48, bandwidth=0.864e12, link=32e9, network=25e9, power=350, flops=_ADA),
+        _gpu("rtx_4090", memory=24, bandwidth=1.008e12, link=32e9, network=3.1e9, power=450, flops=_RTX_4090),
+        _gpu("rtx_5090", memory=32, bandwidth=1.792e12, link=64e9, network=3.1e9, power=575, flops=_RTX_5090),
     )
 }
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from search_spaces.errors import TunerError
+from tuner.config_cli import config_app, profiles_app
 from tuner.perf import perf_app
 from tuner.predict import predict
 from tuner.remote import add_commands
@@ -33,6 +34,8 @@ study_app = typer.Typer(help="Run studies and look at what they found.", no_args
 add_commands(study_app)
 app.add_typer(study_app, name="study")
 app.add_typer(perf_app, name="perf")
+app.add_typer(config_app, name="config")
+app.add_typer(profiles_app, name="profiles")
 app.command("predict")(predict)
 
 Storage = Annotated[

@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from search_spaces.errors import TunerError
+from tuner.layers_resolve import COMMAND_LINE, STUDY_FILE
 from tuner.study_schema import KeyProblemError, StudyFile
 
 Path = tuple[str, ...]
@@ -39,15 +40,26 @@ class StudyFileError(TunerError):
     """A study file cannot be used; the text lists every problem found."""
 
 
-def describe(error: ValidationError, lines: Mapping[Path, int]) -> list[str]:
-    """One text for each problem in `error`; `lines` maps key paths to line numbers of the file."""
+def describe(error: ValidationError, lines: Mapping[Path, int], origins: Mapping[Path, str] | None = None) -> list[str]:
+    """One text for each problem in `error`.
+
+    `lines` maps key paths to line numbers of the file, `origins` those of values to the layer that set them.
+    """
     texts = []
     for detail in error.errors():
         path, text = _problem(detail)
-        line = _line(path, lines)
         where = ".".join(path) or "the study file"
-        texts.append(f"{where}{f' (line {line})' if line else ''}: {text}")
+        texts.append(f"{where}{_place(path, lines, origins or {})}: {text}")
     return list(dict.fromkeys(texts))
+
+
+def _place(path: Path, lines: Mapping[Path, int], origins: Mapping[Path, str]) -> str:
+    """Line of the file, or the layer where one set the value."""
+    setter = next((origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins), STUDY_FILE)
+    if setter not in (STUDY_FILE, COMMAND_LINE):
+        return f" (set by {setter})"
+    line = _line(path, lines)
+    return f" (line {line})" if line else ""
 
 
 def _line(path: Path, lines: Mapping[Path, int]) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from tuner.layers import KeyPath
+from tuner.layers_file import LayerError
+from tuner.layers_resolve import Resolved
+from tuner.layers_study import resolve_tree
 from tuner.study_errors import StudyFileError, describe
-from tuner.study_schema import StudyFile
+from tuner.study_schema import NodePoolSection, StudyFile
 
-KeyPath = tuple[str, ...]
 Tree = dict[str, Any]  # raw YAML before it is checked: the only untyped value of the package
 NOT_STORED = ("storage",)
 CALIBRATIONS = ("shipped", "none")
@@ -30,33 +34,70 @@ class _Text:
     lines: Mapping[KeyPath, int]
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayeredStudy:
+    """A checked study file, how its layers were put together, and the lines of its own keys."""
+
+    study: StudyFile
+    resolved: Resolved
+    lines: Mapping[KeyPath, int]
+
+
 def load_study_file(path: Path, overrides: Sequence[str] = ()) -> StudyFile:
-    """The checked study file at `path` after `overrides` (`a.b=c`, `c` in YAML).
+    """The checked study file at `path` over the layers that apply to it, after `overrides` (`a.b=c`, `c` in YAML).
 
     Raises `StudyFileError`, which lists every problem, for a file that cannot be read or used.
     """
+    return load_layered(path, overrides).study
+
+
+def load_layered(path: Path, overrides: Sequence[str] = ()) -> LayeredStudy:
+    """Like `load_study_file`, with the layer that set each value."""
+    parsed = _parse_yaml(_read(path), str(path))
+    tree = _overridden(parsed.tree, overrides)
+    directory = path.resolve().parent
     try:
-        text = path.read_text(encoding="utf-8")
+        resolved = resolve_tree(tree, directory, [_override_path(text) for text in overrides])
+    except LayerError as error:
+        raise _error(str(path), [str(error)]) from error
+    study = _checked(resolved.tree, parsed.lines, str(path), resolved.origins)
+    return LayeredStudy(study=_absolute_paths(study, directory, name=str(path)), resolved=resolved, lines=parsed.lines)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise StudyFileError(
             f"study file {path} cannot be read ({error.strerror}); give the path of a YAML file"
         ) from error
     except UnicodeDecodeError as error:
         raise StudyFileError(f"study file {path} is no UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    study = parse_study(text, overrides, name=str(path))
-    return _absolute_paths(study, path.resolve().parent, name=str(path))
 
 
 def parse_study(text: str, overrides: Sequence[str] = (), *, name: str = "study file") -> StudyFile:
-    """The checked study file in `text`; `name` stands in messages. Raises `StudyFileError`."""
+    """The checked study file in `text`, a resolved one: no layer is put below it. Raises `StudyFileError`.
+
+    `name` stands in messages.
+    """
     parsed = _parse_yaml(text, name)
-    tree = copy.deepcopy(parsed.tree)
+    return _checked(_overridden(parsed.tree, overrides), parsed.lines, name)
+
+
+def _overridden(tree: Tree, overrides: Sequence[str]) -> Tree:
+    changed = copy.deepcopy(tree)
     for override in overrides:
-        _apply_override(tree, override)
+        _apply_override(changed, override)
+    return changed
+
+
+def _checked(
+    tree: Mapping[str, object], lines: Mapping[KeyPath, int], name: str, origins: Mapping[KeyPath, str] | None = None
+) -> StudyFile:
     try:
         return StudyFile.model_validate(tree)
     except ValidationError as error:
-        raise _error(name, describe(error, parsed.lines)) from error
+        raise _error(name, describe(error, lines, origins or {})) from error
 
 
 def _error(name: str, problems: Sequence[str]) -> StudyFileError:
@@ -119,6 +160,10 @@ def _apply_override(tree: Tree, override: str) -> None:
     _set(tree, keys, value, override)
 
 
+def _override_path(override: str) -> KeyPath:
+    return tuple(override.partition("=")[0].strip().split("."))
+
+
 def _set(tree: Tree, keys: Sequence[str], value: object, override: str) -> None:
     section: Any = tree
     for depth, key in enumerate(keys):
@@ -157,13 +202,29 @@ def _absolute_paths(study: StudyFile, directory: Path, *, name: str) -> StudyFil
             if not (path.is_file() or (key == "config" and path.is_dir())):
                 raise _error(name, [f"model.{key}: {str(path)!r} is no file; give the path of {what}"])
             model[key] = str(path)
-    update: dict[str, object] = {"model": study.model.model_copy(update=model)}
+    update: dict[str, object] = {
+        "model": study.model.model_copy(update=model),
+        "node_pools": {key: _absolute_commands(pool, directory) for key, pool in study.node_pools.items()},
+    }
     if study.calibration not in CALIBRATIONS:
         path = (directory / Path(study.calibration).expanduser()).resolve()
         if not path.is_file():
             raise _error(name, [f"calibration: {str(path)!r} is no file; give shipped, none or the path of a prior"])
         update["calibration"] = str(path)
     return study.model_copy(update=update)
+
+
+def _absolute_commands(pool: NodePoolSection, directory: Path) -> NodePoolSection:
+    """`pool` with the paths of its engines' programs made absolute; one without a slash is found on the node's path."""
+
+    def absolute(word: str) -> str:
+        return word if "/" not in word else os.path.normpath(directory / Path(word).expanduser())
+
+    engines = {
+        engine: found.model_copy(update={"command": found.command and [absolute(found.command[0]), *found.command[1:]]})
+        for engine, found in pool.engines.items()
+    }
+    return pool.model_copy(update={"engines": engines})
 
 
 def dump_study(study: StudyFile) -> str:

@@ -102,7 +102,7 @@ BAD_FILES = {
     "unknown metric": (TEXT.replace("ttft_p99_ms: 60", "tft: 60"), "slos.tft"),
     "wrong type": (TEXT.replace("trials: 5", "trials: lots"), "budget.trials"),
     "impossible value": (TEXT.replace("trials: 5", "trials: -3"), "-3 must be at least 1"),
-    "missing": (TEXT.replace("objectives: [output_tokens_per_s, ttft_p50_ms]", ""), "objectives: missing"),
+    "missing": (TEXT.replace("workload: {isl: 64, osl: 16, concurrency: [1, 2, 4]}", ""), "workload: missing"),
     "unknown engine": (TEXT.replace("llamacpp", "lamacpp"), "'lamacpp' is unknown"),
     "impossible option": (TEXT.replace("threads: [1, 2]", "threads: [0]"), "engines.llamacpp.threads"),
     "contradiction": (TEXT.replace("concurrency", "request_rate"), "does not go with arrival: closed"),

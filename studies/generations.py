@@ -3,10 +3,14 @@
 Optuna's `ask` reads the whole storage several times and writes every parameter by itself. On the copy it costs neither;
 what it decides (the generation of a trial, the child that is bred) is written to the storage with the trial itself, so
 that Optuna finds it there as if it had written it.
+
+The copy holds every candidate once. A repeat (see `studies.repeats`) is no individual: it moves the values and
+constraints of the individual that it repeats to the means of all runs, for which the copy is made anew.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 import optuna
@@ -18,6 +22,7 @@ from optuna.trial import TrialState as OptunaState
 
 from search_spaces.metrics import Direction
 from studies.constraints import LEGACY_KEY
+from studies.records import PROPOSAL
 from studies.samplers import ScreenedBreeding, make_sampler
 from studies.screen import Choice, Request
 
@@ -30,23 +35,35 @@ class Generations:
 
     def __init__(self, directions: Sequence[Direction], seed: int, breeding: ScreenedBreeding, population: int) -> None:
         self._breeding = breeding
+        self._runs: dict[int, list[FrozenTrial]] = {}
         self._known: set[int] = set()
+        self._directions = [StudyDirection[direction.name] for direction in directions]
         self.sampler: NSGAIISampler = make_sampler(seed, population, breeding)
-        self.study = optuna.create_study(
-            storage=InMemoryStorage(),
-            sampler=self.sampler,
-            directions=[StudyDirection[direction.name] for direction in directions],
-        )
+        self._copy: optuna.Study | None = None
+
+    @property
+    def study(self) -> optuna.Study:
+        """The copy: every candidate that was finished, once, with the means of its runs."""
+        if self._copy is None:
+            self._copy = optuna.create_study(
+                storage=InMemoryStorage(), sampler=self.sampler, directions=self._directions
+            )
+            self._copy.add_trials([_individual(runs) for runs in self._runs.values()])
+        return self._copy
 
     def add(self, trial: FrozenTrial) -> None:
         """Take over a finished trial; one that is not complete teaches nothing."""
         if trial.state is not OptunaState.COMPLETE or trial.number in self._known:
             return
         self._known.add(trial.number)
-        kept = {key: value for key, value in trial.system_attrs.items() if key in (GENERATION, LEGACY_KEY)}
-        self.study.add_trial(
-            create_trial(values=trial.values, params=trial.params, distributions=trial.distributions, system_attrs=kept)
-        )
+        repeated = trial.user_attrs.get(PROPOSAL, {}).get("repeat_of")
+        if repeated is not None:
+            self._runs[repeated].append(trial)
+            self._copy = None
+            return
+        self._runs[trial.number] = [trial]
+        if self._copy is not None:
+            self._copy.add_trial(_individual([trial]))
 
     def next(self, request: Request | None = None) -> tuple[int, Choice | None]:
         """The generation of the trial that begins now, and the child bred for `request`.
@@ -62,3 +79,20 @@ class Generations:
             return self.sampler.get_trial_generation(self.study, frozen), self._breeding.take()
         finally:
             self.study.tell(trial, state=OptunaState.FAIL)
+
+
+def _individual(runs: Sequence[FrozenTrial]) -> FrozenTrial:
+    """The first of `runs` with their mean values and constraints, as the copy takes it.
+
+    Runs that failed have no values: they leave the constraint that comes first, `started_and_held`, violated.
+    """
+    first = runs[0]
+    kept = {key: value for key, value in first.system_attrs.items() if key in (GENERATION, LEGACY_KEY)}
+    values = first.values
+    held = [run for run in runs if run.system_attrs.get(LEGACY_KEY, [0.0])[0] <= 0]
+    if len(runs) > 1 and held:
+        values = [statistics.fmean(column) for column in zip(*(run.values for run in held), strict=True)]
+        constraints = [run.system_attrs.get(LEGACY_KEY, [0.0]) for run in held]
+        means = [statistics.fmean(column) for column in zip(*constraints, strict=True)]
+        kept[LEGACY_KEY] = [(len(runs) - len(held)) / len(runs), *means[1:]]
+    return create_trial(values=values, params=first.params, distributions=first.distributions, system_attrs=kept)

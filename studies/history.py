@@ -16,6 +16,8 @@ from studies.storage import Storage
 
 STUDY_FILE, STUDY_HASH, STUDY_SCHEMA = "study_file", "study_file_sha256", "schema"
 POPULATION = "population_size"
+STABILITY = "stability"
+"""Noise and drift, as `studies.noise.Stability`, after the last repeat."""
 _FINISHED = (OptunaState.COMPLETE, OptunaState.FAIL, OptunaState.PRUNED)
 
 

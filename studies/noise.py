@@ -28,6 +28,7 @@ from enum import StrEnum
 
 from scipy.special import stdtrit
 
+from search_spaces.problem import Problem
 from studies.records import Origin, TrialRecord
 from studies.repeats import Runs, control_of, runs_by_key
 
@@ -95,6 +96,12 @@ class Stability:
     control: int | None = None
     control_runs: int = 0
     repeats: int = 0
+
+
+def asked_metrics(problem: Problem) -> tuple[str, ...]:
+    """The metrics whose stability is stated: objectives and SLOs, then the two basic latencies."""
+    names = (*(o.metric for o in problem.objectives), *(slo.metric for slo in problem.slos))
+    return tuple(dict.fromkeys((*names, "ttft_p50_ms", "tpot_p50_ms")))
 
 
 def stability_of(trials: Sequence[TrialRecord], metrics: Iterable[str]) -> Stability:

@@ -96,13 +96,17 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """A candidate to measure next, for trial `trial_number`; `prediction` is None where there is no model."""
+    """A candidate to measure next, for trial `trial_number`; `prediction` is None where there is no model.
+
+    `repeat_of` is the number of the trial that it measures again on purpose, None for a new candidate.
+    """
 
     trial_number: int
     candidate: Candidate
     origin: Origin
     prediction: Prediction | None
     attempt: int = 1
+    repeat_of: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,10 @@ class RepeatRule:
         require(self.confirm >= 1, f"confirm={self.confirm} must be at least 1, the first run included")
 
 
+NO_REPEATS = RepeatRule(control_every=0, confirm=1)
+"""Nothing is measured twice."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Runs:
     """All finished runs of one candidate, in the order of their numbers; `first` is one of them."""
@@ -137,17 +141,18 @@ def due_confirmation(
 ) -> TrialRecord | None:
     """The member of the front `members` to run again now, None where each has its runs or cannot have more.
 
-    Members whose deployment is up go first, then those of the same deployment one after the other.
+    Members whose deployment is up go first, then those of the same deployment one after the other; what is being
+    measured on a deployment lets those of another go before.
     """
     lacking = lacking_runs(trials, members, rule)
-    open_members = [trial for trial in members if lacking.get(trial.number, 0) > 0 and trial.candidate is not None]
-    return min(open_members, key=lambda trial: _place(trial, warm), default=None)
-
-
-def _place(trial: TrialRecord, warm: Sequence[ServingConfig]) -> tuple[bool, str, int]:
-    if trial.candidate is None:
-        return True, "", trial.number
-    return trial.candidate.config not in warm, trial.candidate.config.key, trial.number
+    busy = {t.candidate.config for t in trials if t.status is TrialStatus.RUNNING and t.candidate is not None}
+    places = {
+        (config in busy, config not in warm, config.key, trial.number): trial
+        for trial in members
+        if lacking.get(trial.number, 0) > 0 and trial.candidate is not None
+        for config in (trial.candidate.config,)
+    }
+    return places[min(places)] if places else None
 
 
 def lacking_runs(trials: Sequence[TrialRecord], members: Sequence[TrialRecord], rule: RepeatRule) -> dict[int, int]:

@@ -6,6 +6,7 @@
     proposal = study.ask(warm=runner.warm())        # raises SpaceExhausted at the end of the space
     record = study.tell(proposal, outcome)          # Measurement or Failure; faults of the infrastructure are retried
     study.release(proposal)                         # given back unmeasured (the user stopped); proposed again on resume
+    study.ask_repeat(warm=runner.warm())            # at the end: one more run of a member of the front, None for none
     study.trials(), study.front(), study.hypervolume_history(), study.progress(), study.screened_out
     study.close()
 
@@ -50,6 +51,7 @@ from studies.errors import LeaseLostError, StudyExistsError, StudyFileChangedErr
 from studies.generations import Generations
 from studies.history import (
     POPULATION,
+    STABILITY,
     STUDY_FILE,
     STUDY_HASH,
     STUDY_SCHEMA,
@@ -58,6 +60,7 @@ from studies.history import (
 )
 from studies.lease import Lease, take_lease
 from studies.mirror import Mirror
+from studies.noise import Stability, asked_metrics, stability_of
 from studies.predictions import PredictionLog
 from studies.records import (
     EMULATED,
@@ -73,6 +76,7 @@ from studies.records import (
     TrialStatus,
     decode_plan,
 )
+from studies.repeats import NO_REPEATS, RepeatRule, candidates_of, due_confirmation, due_control
 from studies.samplers import (
     SamplerKind,
     ScreenedBreeding,
@@ -98,7 +102,8 @@ class StudySetup:
 
     `study_file` is the text of the resolved study file, stored with the study. `directory` receives `artifacts/` of
     all its studies and `predictions/<name>/`. `budget_trials` and `in_flight` (trials at once) set the population.
-    Without `predict` the search is what `sampler` does alone. `seeds` are measured right after the defaults.
+    Without `predict` the search is what `sampler` does alone. `seeds` are measured right after the defaults. `repeats`
+    says what is measured again.
     """
 
     name: str
@@ -112,6 +117,7 @@ class StudySetup:
     predict: Predict | None = None
     seeds: tuple[Candidate, ...] = field(default=())
     sampler: SamplerKind = SamplerKind.NSGA2
+    repeats: RepeatRule = NO_REPEATS
 
     def __post_init__(self) -> None:
         require_sampler(self.sampler)
@@ -257,6 +263,10 @@ class Study:
         """Counts of trials by state."""
         return progress_of(self.trials())
 
+    def stability(self) -> Stability:
+        """Noise and drift as far as repeats tell them, of the metrics of the question and the basic latencies."""
+        return stability_of(self.trials(), asked_metrics(self.setup.problem))
+
     @property
     def screened_out(self) -> int:
         """Candidates that the screen has turned down so far."""
@@ -267,16 +277,21 @@ class Study:
     def ask(self, warm: Sequence[ServingConfig] = ()) -> Proposal:
         """The next candidate to measure; `warm` are the configurations whose deployments are up.
 
-        What waits goes first: defaults, seeds, repeats. Raises `SpaceExhausted` when nothing is left to propose.
+        What waits goes first: defaults, seeds, repeats; then a control that is due. Raises `SpaceExhausted` when
+        nothing is left to propose.
         """
         self.lease.ensure()
         self._mirror.read_new()
         waiting = next((trial for trial in self._mirror.records if trial.status is TrialStatus.WAITING), None)
         if waiting is not None:
             return self._start(waiting.number) or self.ask(warm)
-        trials = self.trials()
+        control = due_control(self.trials(), self.setup.repeats)
+        if control is not None:
+            self._enqueue_repeat(control, Origin.CONTROL)
+            return self.ask(warm)
+        trials = candidates_of(self.trials())
         tried = {trial.key for trial in trials if trial.key is not None}
-        request = Request(number=len(trials), trials=trials, tried=tried, warm=tuple(warm))
+        request = Request(number=len(self._mirror.records), trials=trials, tried=tried, warm=tuple(warm))
         self._screen.require_untried(tried, request.number)
         is_nsga2 = self.setup.sampler is SamplerKind.NSGA2
         generation, bred = self._generations.next(request if is_nsga2 else None)
@@ -284,6 +299,33 @@ class Study:
         self._writer.begin(plan, generation)
         self._mirror.read_new()
         return _proposal(request.number, plan)
+
+    def ask_repeat(self, warm: Sequence[ServingConfig] = ()) -> Proposal | None:
+        """The next run of what was measured before: a control that is due, then members of the front that lack runs.
+
+        None when none is to be begun now. What runs may still change the front: ask again when it is told.
+        """
+        self.lease.ensure()
+        self._mirror.read_new()
+        waits = (t.number for t in self._mirror.records if t.is_repeat and t.status is TrialStatus.WAITING)
+        number = next(waits, None)
+        if number is not None:
+            return self._start(number) or self.ask_repeat(warm)
+        trials, rule = self.trials(), self.setup.repeats
+        control = due_control(trials, rule)
+        member = due_confirmation(trials, self.front(), rule, warm) if control is None else None
+        if control is not None:
+            self._enqueue_repeat(control, Origin.CONTROL)
+        elif member is not None:
+            self._enqueue_repeat(member, Origin.CONFIRM)
+        else:
+            return None
+        return self.ask_repeat(warm)
+
+    def _enqueue_repeat(self, of: TrialRecord, origin: Origin) -> None:
+        if of.candidate is None or of.key is None:
+            raise AssertionError(f"trial {of.number} was measured and has a candidate")
+        self._enqueue(Plan(candidate=of.candidate, key=of.key, origin=origin, repeat_of=of.number))
 
     def _suggested(self, request: Request) -> list[Candidate]:
         """What the sampler suggests; nothing for NSGA-II, whose children are bred from the second generation on."""
@@ -304,7 +346,7 @@ class Study:
             self._mirror.refresh(number)
             return None
         plan = replace(plan, prediction=self._screen.predict_one(plan.candidate))  # with what the model knows now
-        generation, _ = self._generations.next()
+        generation = None if plan.repeat_of is not None else self._generations.next()[0]
         self._writer.start(self._mirror.trial_id(number), trial.params, plan, generation)
         self._mirror.refresh(number)
         return _proposal(number, plan)
@@ -365,6 +407,8 @@ class Study:
         names = constraint_names(self.setup.problem.slos)
         self._writer.complete(self._mirror.trial_id(number), attrs, names, violations, values)
         self._mirror.refresh(number)
+        if self._mirror.records[number].is_repeat:
+            self._writer.note_study(STABILITY, to_json(self.stability()))
 
     def _lose(self, number: int, failure: Failure | None) -> TrialRecord:
         self._writer.lose(self._mirror.trial_id(number), failure)
@@ -390,6 +434,7 @@ class Study:
                 attempt=attempt,
                 losses=losses,
                 retry_of=lost.number,
+                repeat_of=lost.repeat_of,
             )
         )
 
@@ -455,6 +500,7 @@ def _proposal(number: int, plan: Plan) -> Proposal:
         origin=plan.origin,
         prediction=plan.prediction,
         attempt=plan.attempt,
+        repeat_of=plan.repeat_of,
     )
 
 

@@ -50,8 +50,11 @@ class TrialWriter:
         """A new trial that runs."""
         self._create(plan, OptunaState.RUNNING, self._running_attrs(plan), {GENERATION: generation})
 
-    def start(self, trial_id: int, known: Collection[str], plan: Plan, generation: int) -> None:
-        """Let a trial that waits run; parameters are added to those that are `known` of it."""
+    def start(self, trial_id: int, known: Collection[str], plan: Plan, generation: int | None) -> None:
+        """Let a trial that waits run; parameters are added to those that are `known` of it.
+
+        A repeat belongs to no generation.
+        """
         backend = self.storage.backend
         with self.storage.batch():
             for name, value in self.space.encode(plan.candidate).items():
@@ -61,7 +64,8 @@ class TrialWriter:
                     backend.set_trial_param(trial_id, name, internal, distribution)
             for key, attr in self._running_attrs(plan).items():
                 backend.set_trial_user_attr(trial_id, key, attr)
-            backend.set_trial_system_attr(trial_id, GENERATION, generation)
+            if generation is not None:
+                backend.set_trial_system_attr(trial_id, GENERATION, generation)
             backend.set_trial_state_values(trial_id, OptunaState.RUNNING)
 
     def refuse(self, trial_id: int) -> None:
@@ -94,6 +98,10 @@ class TrialWriter:
                 self.storage.backend.set_trial_user_attr(trial_id, key, attr)
             write_constraints(self.storage.backend, trial_id, names, violations)
             self.storage.backend.set_trial_state_values(trial_id, OptunaState.COMPLETE, list(values))
+
+    def note_study(self, key: str, value: Json) -> None:
+        """Set the attribute `key` of the study itself."""
+        self.storage.backend.set_study_user_attr(self.study_id, key, value)
 
     def lose(self, trial_id: int, failure: Failure | None) -> None:
         """End a trial as lost; `failure` is its outcome where none is stored yet."""

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cluster.device_memory import gpu_memory, wait_for_host_memory, wait_until_free
 from cluster.engines.base import (
+    ChecksCommand,
     EngineBackend,
     LaunchCommand,
     NeedsHostMemory,
@@ -99,7 +100,10 @@ class ReplicaJob:
         """The process and its record; raises what the backend raises for a bad configuration."""
         spec = self.spec(seat, port)
         command = self.backend.replica_command(spec)
-        return command, launched(self.name, command, spec, work_dir=self.work_dir)
+        record = launched(self.name, command, spec, work_dir=self.work_dir)
+        if isinstance(self.backend, ChecksCommand):
+            record = replace(record, engine_version=self.backend.check_command(command, self.pool))
+        return command, record
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from cluster.hand_over import not_handed_over, tokens_handed_over
 from cluster.load.driver import LoadRun
-from cluster.load.measure import LoadOutcome, measure
+from cluster.load.measure import LoadMeasurement, LoadOutcome, measure
 from cluster.node_facts import NodeFacts
 from cluster.ray_actors import node_facts
 from search_spaces.problem import Slo
@@ -30,11 +31,13 @@ class LoadReply:
     """What the load generator says; `router_stats` is the router's own JSON, None where there is no router.
 
     `timings` is the file of raw timings (Parquet), empty where there is none: paths in `outcome` are its node's.
+    `kv_tokens` are the prompt tokens whose KV cache was handed over, None where no engine counts them.
     """
 
     outcome: LoadOutcome
     router_stats: str | None = None
     timings: bytes = b""
+    kv_tokens: float | None = None
 
 
 class LoadActor:
@@ -57,6 +60,7 @@ class LoadActor:
         """Put the load on, pinned to `cores`."""
         pin_all_threads(cores)
         began_ns = time.time_ns()
+        before = None if router_url is None else router_stats(router_url, since_ns=began_ns, api_key=run.api_key)
         with tempfile.TemporaryDirectory(prefix="tuner-load-") as folder:
             path = Path(folder) / run.timings_path.name
             outcome = measure(
@@ -64,7 +68,10 @@ class LoadActor:
             )
             timings = path.read_bytes() if path.exists() else b""
         stats = None if router_url is None else router_stats(router_url, since_ns=began_ns, api_key=run.api_key)
-        return LoadReply(outcome=outcome, router_stats=stats, timings=timings)
+        moved = tokens_handed_over(before, stats)
+        if moved == 0 and isinstance(outcome, LoadMeasurement):
+            outcome = not_handed_over()
+        return LoadReply(outcome=outcome, router_stats=stats, timings=timings, kv_tokens=moved)
 
 
 def pin_all_threads(cores: Sequence[int]) -> None:

@@ -6,8 +6,9 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cluster.engines.base import EngineBackend
+from cluster.engines.base import EngineBackend, HandsOver
 from cluster.node_facts import NodeFacts
+from search_spaces.outcome import LaunchedProcess
 from search_spaces.problem import Problem
 from search_spaces.serving import ServingConfig
 
@@ -49,6 +50,16 @@ def environment(
         record[f"node.{name}"] = facts.host
         record[f"cores.{name}"] = ",".join(map(str, cores.get(name, ())))
     return record
+
+
+def engine_facts(backend: EngineBackend, config: ServingConfig, processes: Sequence[LaunchedProcess]) -> dict[str, str]:
+    """What replicas say of their engine (its version, on their own nodes), and what carries KV caches between them."""
+    found = {}
+    versions = sorted({process.engine_version for process in processes if process.engine_version})
+    if versions:
+        found["engine_version"] = "; ".join(versions)
+    transport = backend.transport(config) if isinstance(backend, HandsOver) else None
+    return found if transport is None else {**found, "kv_transport": transport}
 
 
 def keep_logs(logs: Mapping[str, bytes], folder: Path) -> dict[str, str]:

@@ -99,8 +99,9 @@ class LaunchedProcess:
     `trial` is the one that the deployment was started for (a warm deployment is measured for others too), `node` the
     host's name and `cluster_node` what the cluster calls it, `host` and `port` where it listens, `device_ids` the GPUs
     or cores that it was given. `env` holds what was added to the environment, `files` the SHA-256 of each file that was
-    written for it, by path. `model_source` is what a replica loaded, None for a router. `part` is None for a process
-    that is a whole replica, or the router.
+    written for it, by path. `model_source` is what a replica loaded (None for a router), `engine_version` what its
+    engine called itself on its node, None where the tool knows that. `part` is None for a process that is a whole
+    replica, or the router.
     """
 
     name: str
@@ -115,6 +116,7 @@ class LaunchedProcess:
     work_dir: str
     shared_dir: str
     model_source: str | None = None
+    engine_version: str | None = None
     cluster_node: str = ""
     part: LaunchedPart | None = None
 

@@ -166,6 +166,27 @@ class NeedsHostMemory(Protocol):
         ...
 
 
+@runtime_checkable
+class ChecksCommand(Protocol):
+    """A backend whose engine lives in an environment of its own, and says there what it knows."""
+
+    def check_command(self, command: LaunchCommand, pool: Pool) -> str:
+        """Version of the engine that `command` starts, called on the replica's node before it is started.
+
+        Raises `InvalidValueError` for what that version does not know.
+        """
+        ...
+
+
+@runtime_checkable
+class HandsOver(Protocol):
+    """A backend that says how KV caches go from prefill to decode replicas."""
+
+    def transport(self, config: ServingConfig) -> str | None:
+        """What carries them, for the record of a measurement; None where nothing is handed over."""
+        ...
+
+
 class EngineBackend(Protocol):
     """What the cluster needs to know of an engine. Implementations hold no state and never import the engine.
 

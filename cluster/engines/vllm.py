@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cluster.engines.apart import PairedRouter, classify_by_log, paired_router_command
 from cluster.engines.base import HttpCall, LaunchCommand, ReplicaSpec, RouterSpec
+from cluster.engines.flags import HelpRequest, check_flags
 from cluster.engines.hf_model import has_weights, loadable_folder
 from cluster.engines.installation import Installation, Installations, installation_of, side_port
 from search_spaces.engines.vllm import DRAFTS_OF_THEIR_OWN, FILE_CONNECTOR, VLLM
@@ -33,6 +34,7 @@ METRICS: Mapping[str, str] = {
     "kv_tokens_received_total": 'vllm:prompt_tokens_by_source_total{source="external_kv_transfer"}',
 }
 """The figures of a replica's `/metrics` that are recorded, under our names."""
+HELP = HelpRequest(help=("serve", "--help=all"), package="vllm")
 UCX_TLS = {"rdma": "rc,cuda_copy,cuda_ipc", "tcp": "tcp,cuda_copy", "shm": "sm,self,cuda_copy,cuda_ipc"}
 """What UCX may use for each transport; the parts for GPUs fall away on a CPU."""
 _ALWAYS_SAID = ("max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "enable_prefix_caching")
@@ -79,6 +81,11 @@ class VllmBackend:
         )
         env = {**_common_env(replica), **_device_env(replica, found), **_hand_over_env(replica, found), **found.env}
         return LaunchCommand(argv=argv, env=env)
+
+    def check_command(self, command: LaunchCommand, pool: Pool) -> str:
+        """Version of the vLLM that `command` starts; raises `InvalidValueError` for flags that it does not know."""
+        program = installation_of(self.installations, pool).program(self.name)
+        return f"vLLM {check_flags(self.name, program, command.argv[len(program) :], HELP, command.env)}"
 
     def router_command(self, router: RouterSpec) -> LaunchCommand:
         """Our router: load balancing where aggregated, hand-over of KV caches where disaggregated."""

@@ -214,13 +214,19 @@ class Space:
     def encode(self, candidate: Candidate) -> Genotype:
         """The canonical genotype of `candidate`: `decode(encode(c)) == c` for every decoded `c`."""
         config = candidate.config
-        genes = self._complete({})
+        genes = dict(self._blank)
         genes |= {"engine": config.engine, "mode": str(config.mode), self.load_name: candidate.load.value}
-        for role, choices in self.roles.items():
-            genes |= {f"{role}.{name}": self._default_choice(role, name) for name in choices.options}
         for pool in config.pools:
             genes |= self._encode_pool(pool)
         return {parameter.name: _nearest(genes[parameter.name], parameter.choices) for parameter in self.parameters}
+
+    @cached_property
+    def _blank(self) -> Genotype:
+        """The genes of roles that a candidate does not have: first choices, and defaults of options."""
+        genes = self._complete({})
+        for role, choices in self.roles.items():
+            genes |= {f"{role}.{name}": self._default_choice(role, name) for name in choices.options}
+        return genes
 
     def _encode_pool(self, pool: Pool) -> Genotype:
         genes: Genotype = {f"{pool.role}.node_pool": pool.node_pool, f"{pool.role}.replicas": pool.replicas}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from search_spaces.errors import InvalidValueError, require
 from search_spaces.hardware import DeviceKind
@@ -41,7 +42,7 @@ class EngineParameter:
             f"default {self.default!r} of {self.name} is not among its choices {list(self.choices)}",
         )
 
-    @property
+    @cached_property
     def is_number(self) -> bool:
         """True where the choices are points of a numeric range."""
         return all(isinstance(choice, (int, float)) and not isinstance(choice, bool) for choice in self.choices)
@@ -55,9 +56,14 @@ class EngineParameter:
         """True for a choice, and for any number of the same kind inside the range of a numeric parameter."""
         if not self.is_number or isinstance(value, (bool, str)):
             return any(value == choice and type(value) is type(choice) for choice in self.choices)
-        whole = all(isinstance(choice, int) for choice in self.choices)
+        low, high, whole = self._range
+        return low <= value <= high and (not whole or isinstance(value, int))
+
+    @cached_property
+    def _range(self) -> tuple[float, float, bool]:
+        """Least and greatest number, and whether all are whole."""
         numbers = [float(choice) for choice in self.choices]
-        return min(numbers) <= value <= max(numbers) and (not whole or isinstance(value, int))
+        return min(numbers), max(numbers), all(isinstance(choice, int) for choice in self.choices)
 
 
 def _no_repair(options: Mapping[str, OptionValue]) -> OptionValues:
@@ -111,4 +117,13 @@ class EngineSpec:
 
     def parameters_of(self, role: Role, kinds: tuple[DeviceKind, ...] = ALL_KINDS) -> tuple[EngineParameter, ...]:
         """The parameters that apply in `role` on devices of one of `kinds`."""
-        return tuple(p for p in self.parameters if role in p.roles and set(kinds) & set(p.kinds))
+        known = self._applying.get((role, kinds))
+        if known is None:
+            known = tuple(p for p in self.parameters if role in p.roles and set(kinds) & set(p.kinds))
+            self._applying[role, kinds] = known
+        return known
+
+    @cached_property
+    def _applying(self) -> dict[tuple[Role, tuple[DeviceKind, ...]], tuple[EngineParameter, ...]]:
+        """What `parameters_of` has found: it is asked for every candidate of a proposal."""
+        return {}

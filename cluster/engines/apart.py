@@ -13,6 +13,8 @@ from search_spaces.outcome import FailureReason
 
 SIGKILL = -9
 SHELL_KILLED = 137  # as shells and containers have it: 128 + SIGKILL
+UCX_TLS = {"rdma": "rc,cuda_copy,cuda_ipc", "tcp": "tcp,cuda_copy", "shm": "sm,self,cuda_copy,cuda_ipc"}
+"""What UCX, which NIXL and TensorRT-LLM go through, may use for each transport; on a CPU without the parts for GPUs."""
 USAGE_ERROR = 2  # as Python's argparse and click have it
 
 

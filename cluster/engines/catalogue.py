@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from cluster.engines.base import EngineBackend
 from cluster.engines.installation import Installations
+from cluster.engines.sglang import SglangBackend
+from cluster.engines.trtllm import TrtllmBackend
 from cluster.engines.vllm import VllmBackend
 
 
@@ -13,4 +15,16 @@ def _vllm(installations: Installations) -> EngineBackend:
     return VllmBackend(installations=installations)
 
 
-BACKENDS_APART: dict[str, Callable[[Installations], EngineBackend]] = {"vllm": _vllm}
+def _sglang(installations: Installations) -> EngineBackend:
+    return SglangBackend(installations=installations)
+
+
+def _trtllm(installations: Installations) -> EngineBackend:
+    return TrtllmBackend(installations=installations)
+
+
+BACKENDS_APART: dict[str, Callable[[Installations], EngineBackend]] = {
+    "vllm": _vllm,
+    "sglang": _sglang,
+    "trtllm": _trtllm,
+}

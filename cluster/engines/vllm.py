@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.engines.apart import PairedRouter, classify_by_log, paired_router_command
+from cluster.engines.apart import UCX_TLS, PairedRouter, classify_by_log, paired_router_command
 from cluster.engines.base import HttpCall, LaunchCommand, ReplicaSpec, RouterSpec
 from cluster.engines.flags import HelpRequest, check_flags
 from cluster.engines.hf_model import has_weights, loadable_folder
@@ -35,8 +35,6 @@ METRICS: Mapping[str, str] = {
 }
 """The figures of a replica's `/metrics` that are recorded, under our names."""
 HELP = HelpRequest(help=("serve", "--help=all"), package="vllm")
-UCX_TLS = {"rdma": "rc,cuda_copy,cuda_ipc", "tcp": "tcp,cuda_copy", "shm": "sm,self,cuda_copy,cuda_ipc"}
-"""What UCX may use for each transport; the parts for GPUs fall away on a CPU."""
 _ALWAYS_SAID = ("max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "enable_prefix_caching")
 """Options that the command line always states: what vLLM does when left alone depends on the GPU."""
 _WHERE_NOT_DEFAULT = (

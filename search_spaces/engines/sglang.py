@@ -1,19 +1,48 @@
-"""Options of SGLang, under the names of its command line, as far as the performance model understands them.
+"""Options of SGLang, under the names of its command line (`python -m sglang.launch_server`).
 
 SGLang works out several defaults from the GPU's memory when it starts. Stated here is what it arrives at on GPUs of 80
-to 141 GiB: chunks of 8192 tokens, 0.88 of the memory, at most 2048 requests (the lower end of its own range).
+to 141 GiB: chunks of 8192 tokens, 0.88 of the memory, at most 2048 requests (the lower end of its own range). Options
+that are not searched unless a study names them keep what SGLang does when left alone.
 """
 
 from __future__ import annotations
 
-from search_spaces.engines.base import EngineParameter, EngineSpec
+from collections.abc import Mapping
+
+from search_spaces.engines.base import SPLIT_ROLES, EngineParameter, EngineSpec
 from search_spaces.hardware import DeviceKind
+from search_spaces.serving import OptionValue, Parallelism
+
+DRAFTS_OF_THEIR_OWN = ("EAGLE", "EAGLE3", "STANDALONE")
+"""Algorithms of speculative decoding that load a second model, which the installation names."""
+
+
+def _parallel_conflict(sizes: Parallelism) -> str | None:
+    """Expert parallelism takes the tensor-parallel group, in which data-parallel attention takes part, as a whole."""
+    ranks = sizes.tp * sizes.dp
+    if sizes.ep not in {1, ranks}:
+        return (
+            f"ep={sizes.ep} is neither 1 nor tp*dp={ranks}: SGLang spreads experts over the group; choose 1 or {ranks}"
+        )
+    return None
+
+
+def _conflict(options: Mapping[str, OptionValue]) -> str | None:
+    if options.get("disable_radix_cache") and options.get("schedule_policy") in {"lpm", "dfs-weight"}:
+        return (
+            f"schedule_policy={options['schedule_policy']} orders requests by the cache that disable_radix_cache=true "
+            "does away with; choose fcfs"
+        )
+    return None
+
 
 SGLANG = EngineSpec(
     name="sglang",
     apart=True,
     devices=(DeviceKind.GPU,),
-    shared_options=("kv_cache_dtype",),
+    conflict=_conflict,
+    parallel_conflict=_parallel_conflict,
+    shared_options=("kv_cache_dtype", "transfer_backend", "kv_transport", "page_size"),
     parameters=(
         EngineParameter(
             name="max_running_requests",
@@ -42,6 +71,8 @@ SGLANG = EngineSpec(
             default="auto",
             unit="type",
             meaning="element type of the KV cache, auto for the model's own (--kv-cache-dtype)",
+            searched=False,
+            numerics=True,
         ),
         EngineParameter(
             name="quantization",
@@ -49,6 +80,8 @@ SGLANG = EngineSpec(
             default="none",
             unit="type",
             meaning="weights are quantised while loading; none leaves the checkpoint as it is (--quantization)",
+            searched=False,
+            numerics=True,
         ),
         EngineParameter(
             name="mem_fraction_static",
@@ -56,6 +89,90 @@ SGLANG = EngineSpec(
             default=0.88,
             unit="share",
             meaning="share of a GPU's memory for weights and KV cache (--mem-fraction-static)",
+        ),
+        EngineParameter(
+            name="dtype",
+            choices=("auto", "bfloat16", "float16"),
+            default="auto",
+            unit="type",
+            meaning="type of weights and activations, auto for the checkpoint's own (--dtype)",
+            searched=False,
+            numerics=True,
+        ),
+        EngineParameter(
+            name="disable_cuda_graph",
+            choices=(False, True),
+            default=False,
+            unit="switch",
+            meaning="no CUDA graphs: starts sooner and with more memory, steps take longer (--disable-cuda-graph)",
+            searched=False,
+        ),
+        EngineParameter(
+            name="attention_backend",
+            choices=("auto", "fa3", "flashinfer", "triton", "flashmla", "cutlass_mla", "trtllm_mla", "trtllm_mha"),
+            default="auto",
+            unit="kernel",
+            meaning="attention kernels, those with mla for latent attention (--attention-backend)",
+            searched=False,
+        ),
+        EngineParameter(
+            name="page_size",
+            choices=("auto", 1, 16, 32, 64, 128),
+            default="auto",
+            unit="tokens",
+            meaning="tokens of a KV page; auto for the attention kernel's own (--page-size)",
+            searched=False,
+        ),
+        EngineParameter(
+            name="schedule_policy",
+            choices=("fcfs", "lpm", "lof", "dfs-weight"),
+            default="fcfs",
+            unit="policy",
+            meaning="who is scheduled first; lpm is the longest cached prefix (--schedule-policy)",
+            searched=False,
+        ),
+        EngineParameter(
+            name="speculative_algorithm",
+            choices=("none", "NGRAM", "NEXTN", "EAGLE", "EAGLE3", "STANDALONE"),
+            default="none",
+            unit="method",
+            meaning="who drafts tokens: n-grams, the model's own multi-token head, or a second model that the "
+            "installation names as draft_model (--speculative-algorithm)",
+            searched=False,
+        ),
+        EngineParameter(
+            name="speculative_num_steps",
+            choices=(1, 2, 3, 4, 5),
+            default=3,
+            unit="steps",
+            meaning="draft steps of a chain, each one token; without effect where speculative_algorithm is none",
+            searched=False,
+        ),
+        EngineParameter(
+            name="moe_a2a_backend",
+            choices=("none", "deepep"),
+            default="none",
+            unit="kernel",
+            meaning="exchange of tokens between expert-parallel ranks (--moe-a2a-backend)",
+            searched=False,
+        ),
+        EngineParameter(
+            name="transfer_backend",
+            choices=("mooncake", "nixl"),
+            default="mooncake",
+            unit="connector",
+            meaning="what carries KV caches from prefill to decode replicas (--disaggregation-transfer-backend)",
+            roles=SPLIT_ROLES,
+            searched=False,
+        ),
+        EngineParameter(
+            name="kv_transport",
+            choices=("auto", "rdma", "tcp"),
+            default="auto",
+            unit="transport",
+            meaning="what the transfer backend may use: RDMA, TCP, or what it finds best (MC_FORCE_TCP, UCX_TLS)",
+            roles=SPLIT_ROLES,
+            searched=False,
         ),
     ),
 )

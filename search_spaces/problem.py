@@ -8,24 +8,8 @@ from search_spaces.errors import InvalidValueError, require
 from search_spaces.hardware import NodePool
 from search_spaces.metrics import Direction, metric_info
 from search_spaces.model import ModelSpec
+from search_spaces.slos import Slo
 from search_spaces.workload import Workload
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slo:
-    """Metric `metric` must be at most (where lower is better) or at least (where higher is better) `threshold`."""
-
-    metric: str
-    threshold: float
-
-    def __post_init__(self) -> None:
-        metric_info(self.metric)
-        require(self.threshold > 0, f"threshold={self.threshold} of SLO {self.metric} must be above 0")
-
-    def violation(self, value: float) -> float:
-        """Relative violation (value - threshold) / threshold, signed so that at most 0 is met."""
-        ratio = (value - self.threshold) / self.threshold
-        return ratio if metric_info(self.metric).direction is Direction.MINIMIZE else -ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,3 +53,6 @@ class Problem:
                 return pool
         known = ", ".join(pool.name for pool in self.node_pools)
         raise InvalidValueError(f"node pool {name!r} is unknown; choose {known}")
+
+
+__all__ = ["Objective", "Problem", "Slo"]

@@ -1,8 +1,8 @@
 """Constraints of a trial, and the one place that writes them into the storage.
 
-Feasible means at most 0. The first constraint, `started_and_held`, is 0 where a measurement was made. Each SLO adds its
-relative violation. Optuna ranks infeasible trials by the plain sum of their positive violations, hence the relative
-form.
+Feasible means at most 0. The first constraint, `started_and_held`, is 0 where a measurement was made. Each hard SLO
+adds its relative violation less its fail ratio; soft ones are no constraints. Optuna ranks infeasible trials by the
+plain sum of their positive violations, hence the relative form.
 
 Optuna 5 offers `trial.set_constraint`, which stores each value under a key of its own. optuna-dashboard 0.21 reads only
 the list that older versions stored under `constraints`, and Optuna reads that list too; writing both would count every
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from optuna.storages import BaseStorage
 
-from search_spaces.problem import Slo
+from search_spaces.slos import Slo, hard_slos
 
 LEGACY_KEY = "constraints"
 HELD = "started_and_held"
@@ -24,17 +24,17 @@ HELD = "started_and_held"
 
 def constraint_names(slos: Sequence[Slo]) -> tuple[str, ...]:
     """Names of all constraints in the order of the stored list."""
-    return (HELD, *dict.fromkeys(slo.metric for slo in slos))
+    return (HELD, *dict.fromkeys(slo.metric for slo in hard_slos(slos)))
 
 
 def measured_violations(slos: Sequence[Slo], metrics: Mapping[str, float]) -> dict[str, float]:
-    """Violations of a measured trial: 0 for `started_and_held`, (x - slo) / slo for each SLO, by metric.
+    """Violations of a measured trial by metric: (x - slo) / slo - fail ratio of each hard SLO; `started_and_held` is 0.
 
     Two SLOs on one metric give the larger violation of the two.
     """
     violations = {HELD: 0.0}
-    for slo in slos:
-        violation = slo.violation(metrics[slo.metric])
+    for slo in hard_slos(slos):
+        violation = slo.excess(metrics[slo.metric])
         violations[slo.metric] = max(violation, violations.get(slo.metric, violation))
     return violations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from search_spaces.metrics import Direction, metric_info
 from search_spaces.outcome import Prediction
 from search_spaces.problem import Problem
 from search_spaces.serving import Candidate
+from search_spaces.slos import Slo, hard_slos
 from studies.acquisition import (
     NO_GAIN,
     Beliefs,
@@ -164,19 +166,25 @@ class Appraiser:
     def _missed(self, means: FloatArray) -> FloatArray:
         """By how much each row of `means` (n, k) misses the SLOs, summed over them, in log units (n,)."""
         missed = np.zeros(len(means))
-        for slo in self._problem.slos:
-            beyond = means[:, self._metrics.index(slo.metric)] - np.log(slo.threshold)
+        for slo in hard_slos(self._problem.slos):
+            beyond = means[:, self._metrics.index(slo.metric)] - _log_limit(slo)
             lower_is_better = metric_info(slo.metric).direction is Direction.MINIMIZE
             missed += np.maximum(np.nan_to_num(beyond if lower_is_better else -beyond), 0.0)
         return missed
 
     def _violated(self, samples: FloatArray, _rows: IntArray) -> BoolArray:
         broken = np.zeros(samples.shape[:2], dtype=bool)
-        for slo in self._problem.slos:
-            values, limit = samples[..., self._metrics.index(slo.metric)], np.log(slo.threshold)
+        for slo in hard_slos(self._problem.slos):
+            values, limit = samples[..., self._metrics.index(slo.metric)], _log_limit(slo)
             lower_is_better = metric_info(slo.metric).direction is Direction.MINIMIZE
             broken |= values > limit if lower_is_better else values < limit
         return broken
+
+
+def _log_limit(slo: Slo) -> float:
+    """Logarithm of the value beyond which `slo`, a hard one, makes a candidate infeasible."""
+    limit = slo.limit
+    return math.log(limit) if limit is not None and limit > 0 else -math.inf
 
 
 def _relative_gain(ranking: Ranking, question: Question) -> float | None:

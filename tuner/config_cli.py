@@ -61,9 +61,10 @@ def _leaves(value: object, at: KeyPath) -> list[tuple[KeyPath, object]]:
 
 
 def _origin(path: KeyPath, origins: Mapping[KeyPath, str]) -> str:
-    """The layer of the value at `path`, or of the value above it that holds it."""
+    """The layer of the value at `path`, of the value above it that holds it, or of those below that it stands for."""
     above = (path[:length] for length in range(len(path), 0, -1))
-    return next((origins[key] for key in above if key in origins), SCHEMA)
+    below = dict.fromkeys(layer for key, layer in origins.items() if key[: len(path)] == path)
+    return next((origins[key] for key in above if key in origins), " + ".join(below) or SCHEMA)
 
 
 def _line(path: KeyPath, lines: Mapping[KeyPath, int]) -> int | None:

@@ -269,7 +269,8 @@ def _matching(value: object, pattern: KeyPath, at: KeyPath) -> Iterator[tuple[Ke
 def canonical(tree: Mapping[str, object]) -> tuple[dict[str, object], dict[KeyPath, Below]]:
     """`tree` with short forms written out, so that layers meet at the same keys; with the marks that this needs.
 
-    `engines: [a]` is `engines: {a: {}}`, and `isl: 128` is `isl: {mean: 128}`, which replaces a lower `spread` too.
+    `engines: [a]` is `engines: {a: {}}`. `isl: 128` is `isl: {mean: 128}` and replaces a lower `spread` too; so with
+    SLOs and their `threshold`.
     """
     plain, marks = dict(tree), dict[KeyPath, Below]()
     engines = plain.get("engines")
@@ -282,10 +283,18 @@ def canonical(tree: Mapping[str, object]) -> tuple[dict[str, object], dict[KeyPa
     if isinstance(workload, Mapping):
         plain["workload"] = workload = dict(workload)
         for key in ("isl", "osl"):
-            if isinstance(workload.get(key), int | float) and not isinstance(workload[key], bool):
+            if _is_number(workload.get(key)):
                 workload[key] = {"mean": workload[key]}
                 marks["workload", key] = Below.REPLACE
+    slos = plain.get("slos")
+    if isinstance(slos, Mapping):
+        plain["slos"] = {name: {"threshold": slo} if _is_number(slo) else slo for name, slo in slos.items()}
+        marks |= {("slos", str(name)): Below.REPLACE for name, slo in slos.items() if _is_number(slo)}
     return plain, marks
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def layer_folders(named: Sequence[Path] = ()) -> tuple[Path, ...]:

@@ -141,4 +141,6 @@ def _conflict(one: _Active, other: _Active, path: KeyPath) -> str:
 def _shown(node: Node | None, path: KeyPath) -> str:
     for key in path:
         node = node.children.get(key) if isinstance(node, Section) else None
+    if isinstance(node, Section):
+        return str(finished(node))
     return repr(node.value) if isinstance(node, Leaf) else type(node).__name__.lower()

@@ -217,7 +217,7 @@ class _Teller:
         )
 
     def _meets(self, prediction: Prediction) -> bool:
-        return all(slo.violation(prediction.metrics[slo.metric]) <= 0 for slo in self.problem.slos)
+        return all(slo.excess(prediction.metrics[slo.metric]) <= 0 for slo in self.problem.slos)
 
     def best(self, space: Space, candidates: Sequence[Candidate], top: int) -> tuple[tuple[Forecast, ...], int, int]:
         """The `top` of the predicted front, how many candidates were predicted, and how many can run."""

@@ -10,7 +10,16 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from search_spaces.emulation import FaultKind
 from search_spaces.engines import engine_spec
@@ -88,6 +97,11 @@ def _as_share(value: object) -> object:
     if percent is None:
         raise InvalidValueError(f"{value!r} is no share; write such as 0.5% or 0.005")
     return float(percent[1]) / 100
+
+
+def _as_slo(value: object) -> object:
+    """A number alone is a hard SLO at that threshold."""
+    return value if isinstance(value, dict | SloSection) else {"threshold": value}
 
 
 def _unique(values: list[object]) -> list[object]:
@@ -272,6 +286,40 @@ class InstallationSection(Section):
     )
 
 
+class SloSection(Section):
+    """An SLO on a metric (see `search_spaces.slos`); a threshold alone is a hard SLO."""
+
+    threshold: Positive = Field(description="at most this, or at least where higher is better", examples=[500])
+    kind: Literal["hard", "soft"] = Field(
+        default="hard",
+        description="hard: a trial that misses it is infeasible; soft: missing it costs",
+        examples=["soft"],
+    )
+    fail_ratio: float = Field(
+        default=0.0, ge=0, description="violation that a hard SLO still lets pass, relative", examples=[0.1]
+    )
+    weight: Positive = Field(default=1.0, description="scale of the penalty", examples=[0.5])
+    steepness: Positive = Field(
+        default=1.0, description="violation over which the penalty grows by a factor of e", examples=[0.3]
+    )
+    warning: float = Field(default=0.0, ge=0, description="violation above which it is a warning", examples=[0.05])
+    error: float = Field(default=0.2, ge=0, description="violation above which it is an error", examples=[0.2])
+
+    @model_validator(mode="after")
+    def _tiers_in_order(self) -> Self:
+        if self.warning > self.error:
+            raise KeyProblemError("warning", f"{self.warning:g} is above error: {self.error:g}; give a smaller one")
+        if self.kind == "soft" and self.fail_ratio > 0:
+            raise KeyProblemError("fail_ratio", "goes with kind: hard; leave it out, or make the SLO hard")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _plain_where_it_is(self, handler: SerializerFunctionWrapHandler) -> object:
+        """The threshold alone where nothing else is said: stored studies keep the short form."""
+        tree = handler(self)
+        return self.threshold if self == SloSection(threshold=self.threshold) else tree
+
+
 class NodePoolSection(Section):
     """Identical nodes: `gpus_per_node` of a catalogue device, or `cpus_per_node` with `device: cpu`."""
 
@@ -351,9 +399,13 @@ class SpaceSection(Section):
 
 
 class BudgetSection(Section):
-    """When the study ends (whichever comes first), and how many trials run at once."""
+    """When the study ends (whichever comes first), what is measured again, and how many trials run at once.
 
-    trials: Count = Field(default=32, description="measured trials", examples=[16])
+    Repeats count towards the wall time and not towards the trials. Where the wall time is limited, the search ends
+    early enough to confirm the front, for which it leaves a third of the time at most.
+    """
+
+    trials: Count = Field(default=32, description="candidates that are measured", examples=[16])
     wall_time: Annotated[Positive, BeforeValidator(_as_seconds)] | None = Field(
         default=None, description="duration, in seconds or such as 4m or 2h; none for no limit", examples=["4m"]
     )
@@ -363,6 +415,17 @@ class BudgetSection(Section):
         examples=["0.5%"],
     )
     patience: Count = Field(default=4, description="proposals in a row that must be below min_gain", examples=[4])
+    confirm: Count = Field(
+        default=3,
+        description="runs of every member of the final front, its first one included; 1 to confirm none",
+        examples=[3],
+    )
+    control_every: int = Field(
+        default=10,
+        ge=0,
+        description="candidates between repeats of the default configuration, which show noise and drift; 0 for none",
+        examples=[10],
+    )
     parallel_trials: Count | Literal["auto"] = Field(
         default="auto",
         description="trials at once, as far as they fit; auto is one for each node of a joined cluster, one elsewhere",
@@ -427,7 +490,7 @@ class StudyFile(Section):
     workload: WorkloadSection = Field(
         description="what the users send", examples=["{isl: 128, osl: 64, concurrency: [1, 4]}"]
     )
-    slos: dict[MetricName, Positive] = Field(
+    slos: dict[MetricName, Annotated[SloSection, BeforeValidator(_as_slo)]] = Field(
         default_factory=dict,
         description="limits that a configuration must meet, by metric",
         examples=["{ttft_p99_ms: 500}"],

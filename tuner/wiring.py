@@ -25,7 +25,14 @@ from search_spaces.space import RoleChoices, Space, build_space
 from search_spaces.workload import Arrival, Length, Workload
 from tuner.access import Cluster, Connect
 from tuner.places import Place
-from tuner.study_schema import EmulationSection, InstallationSection, NodePoolSection, RoleSection, StudyFile
+from tuner.study_schema import (
+    EmulationSection,
+    InstallationSection,
+    NodePoolSection,
+    RoleSection,
+    SloSection,
+    StudyFile,
+)
 
 if TYPE_CHECKING:
     from cluster.engines.base import EngineBackend
@@ -37,6 +44,7 @@ if TYPE_CHECKING:
     from perf_model.predictor import Predictor
     from perf_model.prior import Prior
     from perf_model.serving_predictor import ServingPredictor
+    from studies.repeats import RepeatRule
     from studies.stopping import Budget
 
 MICROBENCH_LIMIT_S = 180.0
@@ -72,7 +80,21 @@ def make_problem(study: StudyFile, devices: Mapping[str, Device] | None = None) 
         ),
         node_pools=tuple(_node_pool(name, pool, devices or {}) for name, pool in study.node_pools.items()),
         objectives=tuple(Objective(metric=metric) for metric in study.objectives),
-        slos=tuple(Slo(metric=metric, threshold=threshold) for metric, threshold in sorted(study.slos.items())),
+        slos=tuple(make_slo(metric, slo) for metric, slo in sorted(study.slos.items())),
+    )
+
+
+def make_slo(metric: str, slo: SloSection) -> Slo:
+    """The SLO on `metric` that a study file words as `slo`."""
+    return Slo(
+        metric=metric,
+        threshold=slo.threshold,
+        hard=slo.kind == "hard",
+        fail_ratio=slo.fail_ratio,
+        weight=slo.weight,
+        steepness=slo.steepness,
+        warning=slo.warning,
+        error=slo.error,
     )
 
 
@@ -152,6 +174,13 @@ def make_budget(study: StudyFile) -> Budget:
 
     limits = study.budget
     return Budget(trials=limits.trials, wall_s=limits.wall_time, min_gain=limits.min_gain, patience=limits.patience)
+
+
+def make_repeats(study: StudyFile) -> RepeatRule:
+    """What `study` measures again."""
+    from studies.repeats import RepeatRule  # loads Optuna
+
+    return RepeatRule(control_every=study.budget.control_every, confirm=study.budget.confirm)
 
 
 def make_predictor(problem: Problem, study: StudyFile) -> CalibratedPredictor:

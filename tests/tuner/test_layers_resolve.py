@@ -51,7 +51,7 @@ def test_ten_lines_are_a_study_and_each_value_has_its_layer() -> None:
     assert found.study.engines == {"llamacpp": {}}
     assert whose["objectives",] == "base/objectives"
     assert whose["engines", "llamacpp"] == "base/cpu-engine"
-    assert whose["slos", "ttft_p95_ms"] == "study file"
+    assert whose["slos", "ttft_p95_ms", "threshold"] == "study file"
     assert whose["measurement", "lateness_limit_ms"] == "engine/llamacpp"
 
 
@@ -60,7 +60,7 @@ def test_the_resolved_form_is_stored_and_needs_no_layer(tmp_path: Path) -> None:
     text = dump_study(study)
     assert "profiles" not in yaml.safe_load(text)
     assert parse_study(text) == study
-    assert study.slos == {"ttft_p99_ms": 2000, "tpot_p99_ms": 200}
+    assert {name: slo.threshold for name, slo in study.slos.items()} == {"ttft_p99_ms": 2000, "tpot_p99_ms": 200}
 
 
 def test_layers_follow_the_hardware_and_the_model(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_layer_appends_replaces_and_unsets(tmp_path: Path) -> None:
     found = layered(tmp_path, CPU, (), base=base, more=more)
     assert found.study.space.replicas == [1, 2, 4]
     assert found.resolved.origins["space", "replicas"] == "base/base + mode/more"
-    assert found.study.slos == {"e2e_p50_ms": 7}
+    assert {name: slo.threshold for name, slo in found.study.slos.items()} == {"e2e_p50_ms": 7}
     assert found.study.budget.trials == 32
 
 
@@ -159,7 +159,7 @@ def test_layers_of_one_stage_may_not_contradict_each_other(tmp_path: Path) -> No
 
 def test_two_profiles_of_a_kind_that_differ_are_told(tmp_path: Path) -> None:
     message = problem(tmp_path, CPU + "profiles: [balanced, strict_latency]\n")
-    assert "profile/balanced (2000) and profile/strict_latency (450)" in message
+    assert "profile/balanced ({'threshold': 2000}) and profile/strict_latency ({'threshold': 450})" in message
     assert "slos.ttft_p99_ms" in message
 
 

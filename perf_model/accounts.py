@@ -94,9 +94,9 @@ def _replica(groups: EmbeddedGroups | GpuGroups, candidate: Candidate, pool: Poo
     if isinstance(groups, GpuGroups):
         return _on_gpus(groups, candidate, pool, decode_seqs)
     engine = candidate.config.engine
-    need = groups.memory([pool], engine)
+    need = groups.memory([candidate], pool.role)
     slots = float(option(engine, pool, "max_num_seqs"))
-    one = need.kv_bytes / slots
+    one = need.kv_bytes / max(float(option(engine, each, "max_num_seqs")) for each in candidate.config.pools)
     room = need.capacity_bytes - need.weight_bytes - need.activation_bytes - need.reserve_bytes
     load = groups.rank_load([candidate], [pool], np.array([float(pool.replicas)]))
     steps = groups.steps(engine, pool)

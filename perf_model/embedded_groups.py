@@ -10,7 +10,7 @@ from perf_model.batch import StepBatch, step_batch
 from perf_model.curves import Origin
 from perf_model.disaggregated import PairLoad, disaggregated
 from perf_model.embedded import ACTIVATION_BYTES, KV_BYTES, EmbeddedSteps
-from perf_model.engine_traits import engine_traits
+from perf_model.engine_traits import EngineTraits, engine_traits
 from perf_model.groups import GroupAnswer, burst_share, option
 from perf_model.memory import MemoryNeed
 from perf_model.numeric import FloatArray, floats
@@ -19,6 +19,10 @@ from perf_model.step_tables import MeasuredNode, MeasuredSteps
 from search_spaces.problem import Problem
 from search_spaces.serving import Candidate, Mode, Pool, Role
 from search_spaces.workload import Workload
+
+CONTEXT_STEP = 256
+"""llama.cpp rounds the context of a slot up to a multiple of this many tokens."""
+LEAST_ACTION_MS = 0.3  # llama.cpp's own account of saving or restoring a slot of 64 tokens of a small model
 
 
 class EmbeddedGroups:
@@ -31,6 +35,9 @@ class EmbeddedGroups:
         self._problem = problem
         self._run_requests = run_requests
         self._measured = measured or {}
+
+    def _traits(self, engine: str) -> EngineTraits:
+        return self._own_traits or engine_traits(engine)
 
     def layout(self, candidate: Candidate) -> Hashable:
         """What must be equal for candidates to be computed as one array: all that is not a number in the arrays."""
@@ -55,16 +62,21 @@ class EmbeddedGroups:
     def _infeasible(self, group: list[Candidate]) -> list[str | None]:
         reasons: list[str | None] = [None] * len(group)
         for role in group[0].config.mode.roles:
-            need = self.memory([c.config.pool(role) for c in group], group[0].config.engine)
+            need = self.memory(group, role)
             for index in np.flatnonzero(~need.fits):
                 reasons[index] = reasons[index] or f"{role} replica: {need.explain(int(index))}"
         return reasons
 
-    def memory(self, pools: list[Pool], engine: str) -> MemoryNeed:
-        """What a replica of each of `pools` needs."""
-        model, traits = self._problem.model, engine_traits(engine)
-        tokens = self._problem.workload.longest_context
-        slots = floats([option(engine, pool, "max_num_seqs") for pool in pools])
+    def memory(self, group: list[Candidate], role: Role) -> MemoryNeed:
+        """What a replica of each candidate's pool of `role` needs.
+
+        A saved slot restores only into a replica with as many slots, so both pools have the slots of the larger one; a
+        slot's room is a multiple of `CONTEXT_STEP` tokens.
+        """
+        model, engine = self._problem.model, group[0].config.engine
+        pools = [c.config.pool(role) for c in group]
+        tokens = float(np.ceil(self._problem.workload.longest_context / CONTEXT_STEP) * CONTEXT_STEP)
+        slots = floats([max(option(engine, pool, "max_num_seqs") for pool in c.config.pools) for c in group])
         ubatch = floats([option(engine, pool, "ubatch_size") for pool in pools])
         kv_bytes = model.kv_bytes_per_token(KV_BYTES[str(option(engine, pools[0], "kv_cache_dtype"))])
         widest = model.vocab_size + 8.0 * model.hidden_size
@@ -73,7 +85,7 @@ class EmbeddedGroups:
             weight_bytes=np.full(len(pools), model.weight_bytes),
             kv_bytes=slots * tokens * kv_bytes,
             activation_bytes=ubatch * widest * ACTIVATION_BYTES,
-            reserve_bytes=np.full(len(pools), traits.reserve_bytes),
+            reserve_bytes=np.full(len(pools), self._traits(engine).reserve_bytes),
             capacity_bytes=floats([device.memory_bytes * pool.devices_per_replica for pool in pools]),
         )
 
@@ -87,16 +99,17 @@ class EmbeddedGroups:
         return EmbeddedSteps(
             model=self._problem.model,
             device=self._problem.node_pool(pool.node_pool).device,
-            traits=engine_traits(engine),
+            traits=self._traits(engine),
             cores=pool.devices_per_replica,
             ubatch_size=int(option(engine, pool, "ubatch_size")),
             kv_cache_dtype=str(option(engine, pool, "kv_cache_dtype")),
         )
 
-    def _request_ms(self, engine: str, pool: Pool) -> float:
+    def _call_ms(self, engine: str, pool: Pool) -> float:
+        """A request to an engine, or to the router before it, outside of the engine's steps."""
         node = self._measured.get(pool.node_pool)
         measured = None if node is None else node.request_ms()
-        return engine_traits(engine).request_ms if measured is None else measured
+        return self._traits(engine).request_ms if measured is None else measured
 
     def _aggregated(self, group: list[Candidate]) -> GroupAnswer:
         engine = group[0].config.engine
@@ -126,7 +139,7 @@ class EmbeddedGroups:
             isl=np.full(size, isl),
             osl=np.full(size, float(workload.osl.mean)),
             cached=np.full(size, np.floor(isl * workload.shared_prefix)),
-            request_ms=np.full(size, self._request_ms(engine, pools[0])),
+            request_ms=self._call_ms(engine, pools[0]) * np.where(replicas > 1, 2.0, 1.0),
             run_requests=np.full(size, self._run_requests),
             burst_share=np.full(size, _lockstep(workload)),
         )
@@ -153,7 +166,7 @@ class EmbeddedGroups:
         size, isl = len(group), float(workload.isl.mean)
         prefills = [c.config.pool(Role.PREFILL) for c in group]
         decodes = [c.config.pool(Role.DECODE) for c in group]
-        send, receive, wire = self._hand_over_ms(group[0])
+        send, receive = self._hand_over_ms(group[0])
         return PairLoad(
             users=floats([c.load.concurrency or 0 for c in group]),
             rate_per_s=floats([c.load.request_rate or 0.0 for c in group]),
@@ -164,24 +177,31 @@ class EmbeddedGroups:
             isl=np.full(size, isl),
             osl=np.full(size, float(workload.osl.mean)),
             cached=np.full(size, np.floor(isl * workload.shared_prefix)),
-            request_ms=np.full(size, 2.0 * self._request_ms(engine, prefills[0])),
-            wire_ms=np.full(size, wire),
+            request_ms=np.zeros(size),
+            wire_ms=np.zeros(size),
             send_ms=np.full(size, send),
             receive_ms=np.full(size, receive),
             run_requests=np.full(size, self._run_requests),
             burst_share=np.full(size, burst_share(workload)),
+            prefill_slots=floats([option(engine, pool, "max_num_seqs") for pool in prefills]),
+            hop_ms=np.full(size, self._call_ms(engine, prefills[0])),
+            through_engines=True,
         )
 
-    def _hand_over_ms(self, candidate: Candidate) -> tuple[float, float, float]:
-        """What a hand-over occupies of the sending and of the receiving engine, and what it takes besides."""
+    def _hand_over_ms(self, candidate: Candidate) -> tuple[float, float]:
+        """What a hand-over occupies of the sending and of the receiving engine, apart from the calls that ask for it.
+
+        What was measured is a call with all that it brings about.
+        """
         engine, prefill = candidate.config.engine, candidate.config.pool(Role.PREFILL)
         node = self._measured.get(prefill.node_pool)
         tokens = float(self._problem.workload.isl.mean)
         measured = None if node is None else node.hand_over_ms(self._roofline(engine, prefill), tokens)
         if measured is not None:
-            return (*measured, 0.0)
+            call = self._call_ms(engine, prefill)
+            return max(measured[0] - call, LEAST_ACTION_MS), max(measured[1] - call, LEAST_ACTION_MS)
         half = self._handover_bytes(engine, prefill) / self._handover_bandwidth(candidate) / 2.0 * 1e3
-        return half, half, engine_traits(engine).handover_ms
+        return half + LEAST_ACTION_MS, half + LEAST_ACTION_MS
 
     def _handover_bytes(self, engine: str, prefill: Pool) -> float:
         per_element = KV_BYTES[str(option(engine, prefill, "kv_cache_dtype"))]

@@ -14,7 +14,7 @@ class EngineTraits:
     `gemm_efficiency` and `attention_efficiency` are shares of the device's FLOP/s, `memory_efficiency` of
     its bandwidth.
     A step costs `step_ms` besides its operations, and `sequence_ms` for each row of logits (sampling, streaming). A
-    request costs `request_ms` before its prefill and `handover_ms` besides the bytes when its KV cache changes hands.
+    call to the engine costs `request_ms` besides what it asks for.
     Matrix products of `half_rate_rows` rows reach half of their rate.
     Work on c cores runs `c ** thread_exponent` times as fast as on one. `reserve_bytes` is what the process takes.
     """
@@ -25,7 +25,6 @@ class EngineTraits:
     step_ms: float
     sequence_ms: float
     request_ms: float
-    handover_ms: float
     thread_exponent: float
     half_rate_rows: float
     reserve_bytes: float
@@ -41,7 +40,6 @@ LLAMACPP_ON_CPU = EngineTraits(
     step_ms=0.4,
     sequence_ms=0.15,
     request_ms=4.0,
-    handover_ms=20.0,
     thread_exponent=0.85,
     half_rate_rows=8.0,
     reserve_bytes=120e6,

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from perf_model.engine_traits import engine_traits
 from perf_model.serving_predictor import ServingPredictor
 from search_spaces.hardware import Device, DeviceKind, NodePool
 from search_spaces.metrics import METRICS
@@ -105,8 +106,9 @@ def test_users_beyond_the_slots_queue_without_changing_throughput() -> None:
 
 def test_two_replicas_serve_twice_the_users() -> None:
     single, double = one(mixed(4)).metrics, one(mixed(8, replicas=2)).metrics
-    assert double["requests_per_s"] == pytest.approx(2 * single["requests_per_s"])
-    assert double["ttft_mean_ms"] == pytest.approx(single["ttft_mean_ms"])
+    assert double["requests_per_s"] == pytest.approx(2 * single["requests_per_s"], rel=0.02)
+    call_ms = engine_traits("llamacpp").request_ms  # the router's, which a single replica does without
+    assert double["ttft_mean_ms"] == pytest.approx(single["ttft_mean_ms"] + call_ms)
 
 
 @pytest.mark.parametrize("candidate", [mixed(0.5, arrival=Arrival.POISSON), pair(0.5, arrival=Arrival.POISSON)])

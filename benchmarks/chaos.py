@@ -63,7 +63,7 @@ engines:
     enable_prefix_caching: [true, false], kv_cache_dtype: auto, gpu_memory_utilization: 0.9}}
 space: {{modes: [aggregated, disaggregated], replicas: 1, tp: [1, 2, 4]}}
 emulation: {{nodes: false}}
-budget: {{trials: {trials}, parallel_trials: {parallel}}}
+budget: {{trials: {trials}, parallel_trials: {parallel}, confirm: 1, control_every: 0}}
 measurement: {{requests: 8, lateness_limit_ms: 10000}}
 limits: {{placement_s: 60, start_s: 60, measure_s: 60, stop_s: 10}}
 seed: {seed}

@@ -17,8 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from search_spaces.errors import require
+from search_spaces.metrics import Percentiles, ServingMetrics
+from search_spaces.outcome import Measurement
 from search_spaces.serving import ServingConfig
 from studies.constraints import HELD
+from studies.costs import costs_of
 from studies.records import Origin, TrialRecord, TrialStatus
 
 
@@ -61,32 +64,62 @@ class Runs:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The mean over the runs of every metric that all measured runs have."""
-        return mean_of([trial.measurement.metrics.flat() for trial in self.measured if trial.measurement])
+        """Every metric of the candidate by name: that of the mean figures of its measured runs; empty without one."""
+        found = [trial.measurement.metrics for trial in self.measured if trial.measurement]
+        return mean_metrics(found).flat() if found else {}
 
     @property
     def record(self) -> TrialRecord:
-        """The first run with the objectives and violations of all: their means.
+        """The first run with the objectives, violations and metrics of all: their means.
 
-        A candidate that failed in one of its runs did not hold, and is infeasible whatever the others gave.
+        A candidate that failed in one of its runs did not hold, and is infeasible whatever the others gave. Artefacts,
+        timings and all else are those of the first run.
         """
         measured = self.measured
         if len(self.finished) == 1 or not measured:
             return self.first
         values = [trial.values for trial in measured if trial.values is not None]
-        violations = mean_of([trial.violations for trial in measured])
+        violations = {name: statistics.fmean(t.violations[name] for t in measured) for name in measured[0].violations}
         failed = len(self.finished) - len(measured)
         if failed:
             violations |= {HELD: failed / len(self.finished)}
         means = tuple(statistics.fmean(column) for column in zip(*values, strict=True))
-        return replace(self.first, values=means or None, violations=violations)
+        found = [trial.measurement.metrics for trial in measured if trial.measurement]
+        outcome = self.first.outcome
+        if isinstance(outcome, Measurement):
+            outcome = replace(outcome, metrics=mean_metrics(found))
+        return replace(self.first, values=means or None, violations=violations, outcome=outcome)
 
 
-def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of every name that all `rows` have."""
-    if not rows:
-        return {}
-    return {name: statistics.fmean(row[name] for row in rows) for name in rows[0] if all(name in row for row in rows)}
+def mean_metrics(runs: Sequence[ServingMetrics]) -> ServingMetrics:
+    """Figures of several runs as one: means of latencies and rates; requests, errors and durations summed."""
+    if len(runs) == 1:
+        return runs[0]
+    return replace(
+        runs[0],
+        ttft_ms=_mean_latency([run.ttft_ms for run in runs]),
+        tpot_ms=_mean_latency([run.tpot_ms for run in runs]),
+        itl_ms=_mean_latency([run.itl_ms for run in runs]),
+        e2e_ms=_mean_latency([run.e2e_ms for run in runs]),
+        output_tokens_per_s=statistics.fmean(run.output_tokens_per_s for run in runs),
+        input_tokens_per_s=statistics.fmean(run.input_tokens_per_s for run in runs),
+        requests_per_s=statistics.fmean(run.requests_per_s for run in runs),
+        goodput_rps=statistics.fmean(run.goodput_rps for run in runs),
+        requests=sum(run.requests for run in runs),
+        errors=sum(run.errors for run in runs),
+        duration_s=sum(run.duration_s for run in runs),
+    )
+
+
+def _mean_latency(runs: Sequence[Percentiles]) -> Percentiles:
+    """The mean of each statistic."""
+    return Percentiles(
+        mean=statistics.fmean(run.mean for run in runs),
+        p50=statistics.fmean(run.p50 for run in runs),
+        p90=statistics.fmean(run.p90 for run in runs),
+        p95=statistics.fmean(run.p95 for run in runs),
+        p99=statistics.fmean(run.p99 for run in runs),
+    )
 
 
 def runs_by_key(trials: Sequence[TrialRecord]) -> dict[str, Runs]:
@@ -122,15 +155,15 @@ def control_of(trials: Sequence[TrialRecord]) -> TrialRecord | None:
 def due_control(trials: Sequence[TrialRecord], rule: RepeatRule) -> TrialRecord | None:
     """The trial to repeat as a control now, None where none is due.
 
-    One is due after every `control_every` finished candidates. A control that was given up after faults of the
-    infrastructure counts as made, one that failed too: what cannot be measured again is not tried for ever.
+    One is due when `control_every` candidates were finished since the last. A control that was given up after faults of
+    the infrastructure counts as made, one that failed too: what cannot be measured again is not tried for ever.
     """
     control = control_of(trials)
     if control is None or rule.control_every == 0:
         return None
-    candidates = sum(trial.is_finished and not trial.is_repeat for trial in trials)
-    made = sum(trial.origin is Origin.CONTROL and trial.retry_of is None for trial in trials)
-    return control if candidates // rule.control_every > made else None
+    last = max((trial.number for trial in trials if trial.origin is Origin.CONTROL), default=-1)
+    since = sum(trial.is_finished and not trial.is_repeat for trial in trials if trial.number > last)
+    return control if since >= rule.control_every else None
 
 
 def due_confirmation(
@@ -165,3 +198,17 @@ def lacking_runs(trials: Sequence[TrialRecord], members: Sequence[TrialRecord], 
         if trial.key is not None and trial.retry_of is None:
             asked[trial.key] = asked.get(trial.key, 0) + 1
     return {m.number: max(0, rule.confirm - asked.get(m.key, 0)) for m in members if m.key is not None}
+
+
+def confirmation_s(
+    trials: Sequence[TrialRecord], members: Sequence[TrialRecord], rule: RepeatRule, at_once: int = 1
+) -> float:
+    """Expected seconds until each of `members` has its runs, `at_once` of them at a time.
+
+    Runs take the median measurement of the study so far, deployments the median start of their mode.
+    """
+    lacking = {number: count for number, count in lacking_runs(trials, members, rule).items() if count}
+    costs = costs_of(trials)
+    configs = {m.candidate.config for m in members if m.number in lacking and m.candidate is not None}
+    starts_s = sum(costs.start_s.get(config.mode, 0.0) for config in configs)
+    return (sum(lacking.values()) * costs.measure_s + starts_s) / at_once

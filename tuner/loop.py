@@ -1,11 +1,13 @@
 """The search, from the first proposal to the last measurement.
 
 Ask the study for a candidate, let the runner measure it, tell the study, correct the model with what was learned, until
-the budget is used, the space is exhausted or someone asks to stop.
+the budget is used, the space is exhausted or someone asks to stop. At the end the front is confirmed: its members are
+measured again until each has the runs that the study wants, and so are those that take their places.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ from search_spaces.problem import Problem
 from search_spaces.serving import Candidate
 from studies.errors import SpaceExhausted
 from studies.records import Proposal, TrialRecord, TrialStatus
+from studies.repeats import confirmation_s
 from studies.stopping import Budget, Progress, StopReason, stop_reason
 from studies.study import Study
 from tuner.observer import RECENT_TRIALS, Observer, Snapshot, Trying
@@ -27,6 +30,8 @@ from tuner.utilisation import Utilisation
 
 POLL_S = 0.1
 WAITING_PHASE = "placement"
+CONFIRMING_SHARE = 1 / 3
+"""Share of a limited wall time that the search leaves for confirmations, at most."""
 
 
 class LearningModel:
@@ -77,10 +82,14 @@ class _InFlight:
 
 @dataclass(frozen=True, kw_only=True)
 class _View:
-    """The study as it was after the last change: reading it costs too much for every poll."""
+    """The study as it was after the last change: reading it costs too much for every poll.
+
+    `confirming_s` are the seconds that confirming its front would take, 0 where the time is not limited.
+    """
 
     trials: tuple[TrialRecord, ...]
     progress: Progress
+    confirming_s: float
     hypervolume: float
     gain: float | None
 
@@ -107,11 +116,16 @@ class Search:
     utilisation: Utilisation = field(init=False)
     _trying: list[_InFlight] = field(default_factory=list)
     _exhausted: bool = False
+    _time_is_up: bool = False
+    _confirming: bool = False
     _started: float = 0.0
     _view: _View = field(init=False)
 
     def run(self) -> StopReason | None:
-        """Search until a reason to stop, or None where a stop was requested; nothing is left running then."""
+        """Search until a reason to stop, then confirm the front; None where a stop was requested.
+
+        Nothing is left running then.
+        """
         self._started = self.clock()
         self.utilisation = Utilisation(devices=sum(pool.devices for pool in self.plan.problem.node_pools))
         self._look()
@@ -120,10 +134,10 @@ class Search:
             while not self.stop_requested():
                 reason = self._reason_to_stop()
                 self.utilisation.add(self.clock(), self._reserved(), proposals_remain=reason is None)
+                if len(self._trying) < self.plan.in_flight:
+                    self._begin() if reason is None else self._confirm(reason)
                 if reason is not None and not self._trying:
                     return reason
-                if reason is None and len(self._trying) < self.plan.in_flight:
-                    self._begin()
                 self._collect()
                 self.observer.now(self._snapshot())
             return None
@@ -136,16 +150,33 @@ class Search:
 
     def _look(self) -> None:
         volumes = [point.hypervolume for point in self.study.hypervolume_history()]
+        trials = self.study.trials()
         self._view = _View(
-            trials=self.study.trials(),
+            trials=trials,
             progress=self.study.progress(),
+            confirming_s=self._confirming_s(trials),
             hypervolume=volumes[-1] if volumes else 0.0,
             gain=recent_gain(volumes),
         )
 
+    def _confirming_s(self, trials: Sequence[TrialRecord]) -> float:
+        rule, wall_s = self.study.setup.repeats, self.plan.budget.wall_s
+        if wall_s is None or rule.confirm == 1:
+            return 0.0
+        expected_s = confirmation_s(trials, self.study.front(), rule, self.plan.in_flight)
+        return min(expected_s, CONFIRMING_SHARE * wall_s)
+
     def _reason_to_stop(self) -> StopReason | None:
-        elapsed_s = self.clock() - self._started
-        return stop_reason(self.plan.budget, self._view.progress, elapsed_s=elapsed_s, space_exhausted=self._exhausted)
+        """Why no further candidate is asked for. Time that is up once stays so, though confirming then needs less."""
+        needed_s = self._elapsed_s + self._view.confirming_s
+        budget = self.plan.budget
+        self._time_is_up = self._time_is_up or (budget.wall_s is not None and needed_s >= budget.wall_s)
+        elapsed_s = math.inf if self._time_is_up else needed_s
+        return stop_reason(budget, self._view.progress, elapsed_s=elapsed_s, space_exhausted=self._exhausted)
+
+    @property
+    def _elapsed_s(self) -> float:
+        return self.clock() - self._started
 
     def _begin(self) -> None:
         """Ask for a candidate and start measuring it."""
@@ -154,6 +185,24 @@ class Search:
         except SpaceExhausted:
             self._exhausted = True
             return
+        self._start(proposal)
+
+    def _confirm(self, reason: StopReason) -> None:
+        """Measure again what the front is made of, once no candidate is being measured any more."""
+        wall_s = self.plan.budget.wall_s
+        is_late = wall_s is not None and self._elapsed_s >= wall_s
+        if is_late or reason is StopReason.INFRASTRUCTURE or self._view.progress.running:
+            return
+        proposal = self.study.ask_repeat(warm=self.runner.warm())
+        if proposal is None:
+            return
+        if not self._confirming:
+            self._confirming = True
+            runs = self.study.setup.repeats.confirm
+            self.observer.note(f"{reason}; confirming the front: {runs} runs of each member")
+        self._start(proposal)
+
+    def _start(self, proposal: Proposal) -> None:
         handle = self.runner.start(self._request(proposal))
         self._trying.append(_InFlight(proposal=proposal, handle=handle, state=Running(phase="start", elapsed_s=0.0)))
         self._look()
@@ -211,7 +260,7 @@ class Search:
             screened_out=self.study.screened_out,
             hypervolume=self._view.hypervolume,
             recent_gain=self._view.gain,
-            time_left_s=None if wall_s is None else max(0.0, wall_s - (self.clock() - self._started)),
+            time_left_s=None if wall_s is None else max(0.0, wall_s - self._elapsed_s),
             trying=tuple(
                 Trying(proposal=t.proposal, phase=t.state.phase, elapsed_s=t.state.elapsed_s) for t in self._trying
             ),

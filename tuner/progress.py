@@ -27,6 +27,7 @@ _RECENT = 6
 def proposal_line(proposal: Proposal) -> str:
     """Number, origin and configuration of a trial that begins."""
     again = f", try {proposal.attempt}" if proposal.attempt > 1 else ""
+    again += f", repeats trial {proposal.repeat_of}" if proposal.repeat_of is not None else ""
     return f"trial {proposal.trial_number} ({proposal.origin}{again}): {candidate_text(proposal.candidate)}"
 
 
@@ -62,6 +63,8 @@ def counts_text(snapshot: Snapshot) -> str:
     lost = report.count(TrialStatus.LOST)
     if lost:
         parts.append(f"{lost} lost and repeated")
+    if report.repeats:
+        parts.append(f"{report.repeats} repeats")
     parts += [f"{snapshot.screened_out:,} screened out by the model", _hypervolume_text(snapshot)]
     if snapshot.time_left_s is not None:
         parts.append(f"{duration(snapshot.time_left_s)} left")
@@ -155,7 +158,7 @@ class LiveProgress:
             self._live.update(self._view(snapshot))
 
     def _view(self, snapshot: Snapshot) -> RenderableType:
-        finished = sum(trial.is_finished for trial in snapshot.trials)
+        finished = sum(trial.is_finished and not trial.is_repeat for trial in snapshot.trials)
         parts: list[RenderableType] = [
             Text(f"{snapshot.name}{mark(_report(snapshot))}", style="bold"),
             _bar(finished, snapshot.budget_trials),

@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -19,8 +20,11 @@ from search_spaces.outcome import Failure
 from search_spaces.problem import Problem
 from studies.codec import Json, to_json
 from studies.history import StudySummary
+from studies.noise import stability_of
 from studies.pareto import front
 from studies.records import TrialRecord, TrialStatus
+from studies.repeats import candidates_of, runs_by_key
+from tuner.spread import Spreads, stability_json, stability_table
 from tuner.wording import candidate_json, candidate_text, metric_label, number
 
 Z_90 = 1.6449
@@ -29,7 +33,10 @@ Z_90 = 1.6449
 
 @dataclass(frozen=True, kw_only=True)
 class StudyReport:
-    """A study as it stands: its name, question and trials, whether it can still go on (`status`), and its storage."""
+    """A study as it stands: its name, question and trials, whether it can still go on (`status`), and its storage.
+
+    `trials` holds every run; what is compared are candidates, each with the means of its runs.
+    """
 
     name: str
     status: str
@@ -47,14 +54,34 @@ class StudyReport:
         """Better direction of each objective."""
         return tuple(objective.direction for objective in self.problem.objectives)
 
-    @property
-    def measured(self) -> tuple[TrialRecord, ...]:
-        """The measured trials."""
-        return tuple(trial for trial in self.trials if trial.status is TrialStatus.MEASURED)
+    @cached_property
+    def candidates(self) -> tuple[TrialRecord, ...]:
+        """Every candidate once, with the means of its runs (`studies.repeats.candidates_of`)."""
+        return candidates_of(self.trials)
+
+    @cached_property
+    def spreads(self) -> Spreads:
+        """How sure the figures are, as far as repeats tell it."""
+        return Spreads(runs=runs_by_key(self.trials), stability=stability_of(self.trials, METRICS))
 
     @property
+    def measured(self) -> tuple[TrialRecord, ...]:
+        """The measured candidates, with the means of their runs."""
+        return tuple(trial for trial in self.candidates if trial.status is TrialStatus.MEASURED)
+
+    @property
+    def first_runs(self) -> tuple[TrialRecord, ...]:
+        """The measured trials without the repeats: what predictions are held against, which knew nothing of them."""
+        return tuple(t for t in self.trials if t.status is TrialStatus.MEASURED and not t.is_repeat)
+
+    @property
+    def repeats(self) -> int:
+        """Finished repeats."""
+        return sum(trial.is_repeat and trial.is_finished for trial in self.trials)
+
+    @cached_property
     def front(self) -> tuple[TrialRecord, ...]:
-        """The feasible trials that no other dominates, best first in the first objective."""
+        """The feasible candidates that no other dominates, best first in the first objective."""
         return front(self.trials, self.directions)
 
     @property
@@ -63,18 +90,18 @@ class StudyReport:
         return any(trial.measurement is not None and trial.measurement.emulated for trial in self.measured)
 
     def count(self, status: TrialStatus) -> int:
-        """Number of trials in `status`."""
-        return sum(trial.status is status for trial in self.trials)
+        """Number of trials in `status`, repeats left out."""
+        return sum(trial.status is status and not trial.is_repeat for trial in self.trials)
 
 
 def metrics_of(trial: TrialRecord) -> dict[str, float]:
-    """Every metric of a measured trial; empty for another."""
+    """Every metric of a measured trial or candidate; empty for another."""
     return trial.measurement.metrics.flat() if trial.measurement else {}
 
 
 def best(report: StudyReport) -> dict[str, TrialRecord]:
     """The best feasible trial of each objective; empty while there is none."""
-    feasible = [trial for trial in report.trials if trial.feasible]
+    feasible = [trial for trial in report.candidates if trial.feasible]
     if not feasible:
         return {}
     return {
@@ -134,9 +161,31 @@ def front_table(report: StudyReport) -> RenderableType:
         table.add_column(_heading(metric), justify="right", style="bold")
     for metric in _other_slos(report):
         table.add_column(f"{_heading(metric)} SLO", justify="right")
+    if report.repeats:
+        table.add_column("runs", justify="right")
+        table.add_column("ties with")
     for trial in report.front:
-        table.add_row(str(trial.number), *_figures(trial, (*report.objectives, *_other_slos(report))))
-    return Group(title, table, Text("Configurations (options that are off the engine's default):"), *_configs(report))
+        table.add_row(str(trial.number), *_figures(report, trial), *_repeat_cells(report, trial))
+    heading = Text("Configurations (options that are off the engine's default):")
+    return Group(title, table, Text(f"{report.spreads.legend}\n"), heading, *_configs(report))
+
+
+def _figures(report: StudyReport, trial: TrialRecord) -> list[str]:
+    slos = {slo.metric: slo for slo in report.problem.slos}
+    metrics = (*report.objectives, *_other_slos(report))
+    return [report.spreads.figure(trial, metric, slos.get(metric)) for metric in metrics]
+
+
+def _repeat_cells(report: StudyReport, trial: TrialRecord) -> tuple[str, ...]:
+    """Runs and ties of a member of the front, where anything was repeated."""
+    if not report.repeats:
+        return ()
+    return str(report.spreads.count(trial)), ", ".join(map(str, ties(report, trial)))
+
+
+def ties(report: StudyReport, trial: TrialRecord) -> tuple[int, ...]:
+    """The other members of the front that differ from `trial` in no objective by more than the noise."""
+    return report.spreads.ties(trial, report.front, report.objectives)
 
 
 def mark(report: StudyReport) -> str:
@@ -161,11 +210,6 @@ def _heading(metric: str, width: int = 16) -> str:
 
 def _other_slos(report: StudyReport) -> tuple[str, ...]:
     return tuple(slo.metric for slo in report.problem.slos if slo.metric not in report.objectives)
-
-
-def _figures(trial: TrialRecord, metrics: Sequence[str]) -> list[str]:
-    values = metrics_of(trial)
-    return [number(values[name]) if name in values else "-" for name in metrics]
 
 
 def _configs(report: StudyReport) -> list[Text]:
@@ -193,16 +237,21 @@ def _no_front(report: StudyReport) -> RenderableType:
 
 def show(report: StudyReport) -> RenderableType:
     """A study at a glance."""
-    return Group(*_head(report), _best_table(report), _failures(report), _errors(report))
+    return Group(*_head(report), _best_table(report), _failures(report), _errors(report), _stability(report))
+
+
+def _stability(report: StudyReport) -> RenderableType:
+    return stability_table(report.spreads.stability, error_metrics(report))
 
 
 def _head(report: StudyReport) -> list[RenderableType]:
-    counts = ", ".join(f"{report.count(status)} {status}" for status in TrialStatus if report.count(status))
+    found = [f"{report.count(status)} {status}" for status in TrialStatus if report.count(status)]
+    counts = ", ".join([*found, *([f"{report.repeats} repeats"] if report.repeats else [])])
     slos = ", ".join(f"{slo.metric} {_bound(slo.metric)} {number(slo.threshold)}" for slo in report.problem.slos)
     return [
         Text(f"{report.name}{mark(report)}: {report.status}", style="bold"),
         Text(f"  trials      {counts or 'none'}"),
-        Text(f"  feasible    {sum(t.feasible for t in report.trials)} ({len(report.front)} on the front)"),
+        Text(f"  feasible    {sum(t.feasible for t in report.candidates)} ({len(report.front)} on the front)"),
         Text(f"  SLOs        {slos or 'none'}"),
         Text(f"  storage     {report.storage}"),
     ]
@@ -218,7 +267,9 @@ def _best_table(report: StudyReport) -> RenderableType:
         table.add_column(heading, overflow="fold")
     for metric, trial in best(report).items():
         text = candidate_text(trial.candidate) if trial.candidate else ""
-        table.add_row(metric_label(metric), number(metrics_of(trial)[metric]), str(trial.number), Text(text))
+        same = report.spreads.tied(trial, [t for t in report.candidates if t.feasible], metric)
+        numbers = f"{trial.number} (ties with {', '.join(map(str, same))})" if same else str(trial.number)
+        table.add_row(metric_label(metric), report.spreads.figure(trial, metric), numbers, Text(text))
     return table if table.row_count else Text("\nNo trial meets every SLO yet.")
 
 
@@ -247,7 +298,7 @@ def _errors(report: StudyReport) -> RenderableType:
     table.add_column("in 90% interval", justify="right")
     table.add_column("trials", justify="right")
     for metric in error_metrics(report):
-        known = [trial for trial in report.measured if relative_error(trial, metric) is not None]
+        known = [trial for trial in report.first_runs if relative_error(trial, metric) is not None]
         if known:
             overall, late = median_error(known, metric), median_error(known[len(known) // 2 :], metric)
             inside = coverage(known, metric)
@@ -257,7 +308,7 @@ def _errors(report: StudyReport) -> RenderableType:
 
 
 def trial_json(trial: TrialRecord, report: StudyReport) -> dict[str, Json]:
-    """A trial for programs: configuration, objectives, every metric, prediction, violations and provenance."""
+    """A run for programs: configuration, objectives, every metric, prediction, violations and provenance."""
     measurement = trial.measurement
     metrics = metrics_of(trial)
     failure = trial.failure
@@ -266,6 +317,7 @@ def trial_json(trial: TrialRecord, report: StudyReport) -> dict[str, Json]:
         "status": str(trial.status),
         "feasible": trial.feasible,
         "origin": str(trial.origin) if trial.origin else None,
+        "repeat_of": trial.repeat_of,
         "key": trial.key,
         "configuration": candidate_json(trial.candidate) if trial.candidate else None,
         "objectives": {name: metrics.get(name) for name in report.objectives},
@@ -287,17 +339,28 @@ def trial_json(trial: TrialRecord, report: StudyReport) -> dict[str, Json]:
     }
 
 
+def member_json(trial: TrialRecord, report: StudyReport) -> dict[str, Json]:
+    """A candidate for programs: `trial_json` with the means of its runs, their intervals, and what it ties with."""
+    found = report.spreads.runs_of(trial)
+    return trial_json(trial, report) | {
+        "runs": [run.number for run in found.finished] if found else [],
+        "intervals": report.spreads.intervals_json(trial, metrics_of(trial)),
+        "ties_with": list(ties(report, trial)),
+    }
+
+
 def front_json(report: StudyReport) -> dict[str, Json]:
     """The front and how it was found."""
-    return _overview(report) | {"front": [trial_json(trial, report) for trial in report.front]}
+    return _overview(report) | {"front": [member_json(trial, report) for trial in report.front]}
 
 
 def show_json(report: StudyReport) -> dict[str, Json]:
     """The study with every trial."""
-    errors: dict[str, Json] = {metric: median_error(report.measured, metric) for metric in error_metrics(report)}
-    covered: dict[str, Json] = {metric: coverage(report.measured, metric) for metric in error_metrics(report)}
+    errors: dict[str, Json] = {metric: median_error(report.first_runs, metric) for metric in error_metrics(report)}
+    covered: dict[str, Json] = {metric: coverage(report.first_runs, metric) for metric in error_metrics(report)}
     return _overview(report) | {
         "best": {metric: trial.number for metric, trial in best(report).items()},
+        "stability": stability_json(report.spreads.stability),
         "prediction_error": errors,
         "interval_coverage": covered,
         "front": [trial.number for trial in report.front],
@@ -318,14 +381,14 @@ def _overview(report: StudyReport) -> dict[str, Json]:
             for name, direction in zip(report.objectives, report.directions, strict=True)
         ],
         "slos": [to_json(slo) for slo in report.problem.slos],
-        "counts": counts,
+        "counts": counts | {"repeats": report.repeats},
         "measured_modes": {mode: modes.count(mode) for mode in sorted(set(modes))},
     }
 
 
 def front_csv(report: StudyReport) -> str:
     """The front as CSV: one row a trial, a column for each setting and metric."""
-    rows = [_csv_row(trial) for trial in report.front]
+    rows = [{**_csv_row(trial), **_interval_columns(report, trial)} for trial in report.front]
     columns = list(dict.fromkeys(column for row in rows for column in row)) or ["trial"]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -345,6 +408,15 @@ def _csv_row(trial: TrialRecord) -> Mapping[str, object]:
             row |= {f"{pool.role}.{name}": value for name, value in settings.items()}
     emulated = trial.measurement is not None and trial.measurement.emulated
     return row | metrics_of(trial) | {"emulated": emulated}
+
+
+def _interval_columns(report: StudyReport, trial: TrialRecord) -> Mapping[str, object]:
+    """Runs, and both ends of the interval of each objective; empty where nothing says how much it varies."""
+    columns: dict[str, object] = {"runs": report.spreads.count(trial)}
+    for metric in report.objectives:
+        found = report.spreads.interval(trial, metric)
+        columns[f"{metric}_low"], columns[f"{metric}_high"] = (found.low, found.high) if found else ("", "")
+    return columns
 
 
 def summaries_table(summaries: Sequence[StudySummary]) -> RenderableType:

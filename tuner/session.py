@@ -17,6 +17,8 @@ from search_spaces.space import Space
 from studies.errors import StudyFileChangedError
 from studies.history import StudyHistory
 from studies.lease import Lease, LeaseTimes, take_lease, times_for
+from studies.pareto import front
+from studies.repeats import lacking_runs
 from studies.samplers import SamplerKind
 from studies.stopping import StopReason, progress_of
 from studies.storage import Storage, faults_told, open_storage
@@ -34,7 +36,7 @@ from tuner.study_errors import StudyFileError
 from tuner.study_file import differences, dump_study, parse_study
 from tuner.study_schema import StudyFile
 from tuner.table_places import own_notes
-from tuner.wiring import make_budget, make_limits, make_predictor, make_problem, make_rule, make_space
+from tuner.wiring import make_budget, make_limits, make_predictor, make_problem, make_repeats, make_rule, make_space
 from tuner.wording import number
 
 FREE_TO_CHANGE = ("budget.",)
@@ -170,7 +172,10 @@ def check_space(file: StudyFile) -> tuple[Problem, Space]:
 
 
 def _is_done(history: StudyHistory, file: StudyFile) -> bool:
-    return progress_of(history.trials()).finished >= file.budget.trials
+    """True where the budget is used and the front is confirmed."""
+    trials = history.trials()
+    lacking = lacking_runs(trials, front(trials, history.directions), make_repeats(file))
+    return progress_of(trials).finished >= file.budget.trials and not any(lacking.values())
 
 
 def _question(problem: Problem, space: Space) -> str:
@@ -214,6 +219,7 @@ def _setup(
         in_flight=in_flight,
         predict=model.predict,
         sampler=SamplerKind(file.sampler),
+        repeats=make_repeats(file),
     )
 
 

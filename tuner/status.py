@@ -58,8 +58,8 @@ def status_of(
         state=state,
         budget=budget,
         progress=progress,
-        measured=sum(trial.status is TrialStatus.MEASURED for trial in trials),
-        failed=sum(trial.status is TrialStatus.FAILED for trial in trials),
+        measured=sum(trial.status is TrialStatus.MEASURED and not trial.is_repeat for trial in trials),
+        failed=sum(trial.status is TrialStatus.FAILED and not trial.is_repeat for trial in trials),
         running=tuple(trial for trial in trials if trial.status is TrialStatus.RUNNING),
         lease=seen.record,
         now_s=seen.now_s,
@@ -115,7 +115,8 @@ def status_text(status: StudyStatus) -> str:
 def _trials_text(status: StudyStatus) -> str:
     progress = status.progress
     ends = f"{status.measured} measured, {status.failed} failed"
-    others = f"{progress.running} running, {progress.waiting} waiting, {progress.lost} lost"
+    repeats = f"{progress.repeats} repeats, " if progress.repeats else ""
+    others = f"{repeats}{progress.running} running, {progress.waiting} waiting, {progress.lost} lost"
     budget = f" of {status.budget.trials}" if status.budget else ""
     return f"{progress.finished}{budget} ({ends}), {others}"
 
@@ -146,6 +147,7 @@ def status_json(status: StudyStatus) -> dict[str, Json]:
             "finished": progress.finished,
             "measured": status.measured,
             "failed": status.failed,
+            "repeats": progress.repeats,
             "running": [trial.number for trial in status.running],
             "waiting": progress.waiting,
             "lost": progress.lost,

@@ -35,7 +35,8 @@ def make_report(history: StudyHistory, file: StudyFile) -> StudyReport:
     trials = history.trials()
     progress = progress_of(trials)
     status = "finished" if progress.finished >= file.budget.trials else "unfinished"
-    text = f"{status}, {progress.finished} of {file.budget.trials} trials"
+    repeats = f", {progress.repeats} repeats" if progress.repeats else ""
+    text = f"{status}, {progress.finished} of {file.budget.trials} trials{repeats}"
     return StudyReport(
         name=history.name, status=text, problem=make_problem(file), trials=trials, storage=history.storage.url
     )

@@ -27,7 +27,7 @@ slos: {{ttft_p99_ms: 20000}}
 node_pools: {{local: {{cpus_per_node: 2, price_per_hour: 0.1}}}}
 engines: {{llamacpp: {{threads: 1, max_num_seqs: [2, 4], batch_size: [128, 2048], ubatch_size: [64, 512],
   kv_cache_dtype: f16, flash_attention: true}}}}
-budget: {{trials: {trials}}}
+budget: {{trials: {trials}, confirm: 1, control_every: 0}}
 measurement: {{requests: 8, lateness_limit_ms: 2000}}
 limits: {{start_s: 90, measure_s: 90}}
 """

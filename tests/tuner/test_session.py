@@ -31,7 +31,7 @@ objectives: [output_tokens_per_s, ttft_p50_ms]
 node_pools: {local: {cpus_per_node: 4, price_per_hour: 1.0}}
 engines: {llamacpp: {threads: [1, 2], max_num_seqs: [1, 4], batch_size: 512, ubatch_size: 512, flash_attention: true,
   kv_cache_dtype: f16}}
-budget: {trials: 6}
+budget: {trials: 6, confirm: 1}
 """
 
 

@@ -12,9 +12,11 @@ import typer
 
 from search_spaces.errors import TunerError
 from tuner.config_cli import config_app, profiles_app
+from tuner.deploy.command import bench, deploy
 from tuner.perf import perf_app
 from tuner.predict import predict
 from tuner.remote import add_commands
+from tuner.score_cli import rescore
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,11 +34,14 @@ app = typer.Typer(
 )
 study_app = typer.Typer(help="Run studies and look at what they found.", no_args_is_help=True)
 add_commands(study_app)
+study_app.command("rescore")(rescore)
 app.add_typer(study_app, name="study")
 app.add_typer(perf_app, name="perf")
 app.add_typer(config_app, name="config")
 app.add_typer(profiles_app, name="profiles")
 app.command("predict")(predict)
+app.command("deploy")(deploy)
+app.command("bench")(bench)
 
 Storage = Annotated[
     str | None,

@@ -1,0 +1,1 @@
+"""From a measured trial to files that start the same deployment elsewhere."""

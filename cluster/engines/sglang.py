@@ -165,8 +165,8 @@ def _flag(name: str, value: OptionValue) -> tuple[str, str]:
 def _speculation_flags(pool: Pool, found: Installation) -> tuple[str, ...]:
     """A chain of drafts: one token for each step, all of them checked at once."""
     algorithm = str(_option(pool, "speculative_algorithm"))
-    if algorithm == "none" or pool.role is Role.PREFILL:  # a prefill replica answers with one token
-        return ()
+    if algorithm == "none" or (algorithm == "NGRAM" and pool.role is Role.PREFILL):
+        return ()  # other drafts have KV caches, which a prefill replica must fill as well
     steps = int(_option(pool, "speculative_num_steps"))
     drafted = _flag("speculative_num_draft_tokens", steps + 1)
     if algorithm == "NGRAM":

@@ -153,8 +153,8 @@ def _rounded_up(tokens: int, step: int = 1024) -> int:
 
 def _speculation(pool: Pool, found: Installation) -> Tree | None:
     method, tokens = str(_option(pool, "speculative_method")), _option(pool, "speculative_tokens")
-    if method == "none" or pool.role is Role.PREFILL:  # a context server answers with one token
-        return None
+    if method == "none" or (method == "NGram" and pool.role is Role.PREFILL):
+        return None  # other drafts have KV caches, which a context server must fill as well
     if method == "MTP":
         return {"decoding_type": "MTP", "num_nextn_predict_layers": tokens}
     if method == "NGram":

@@ -213,8 +213,8 @@ def _flag(name: str, value: OptionValue) -> tuple[str, ...]:
 
 def _speculation_flags(pool: Pool, found: Installation) -> tuple[str, ...]:
     method = str(_option(pool, "speculative_method"))
-    if method == "none" or pool.role is Role.PREFILL:  # a prefill replica answers with one token
-        return ()
+    if method == "none" or (method == "ngram" and pool.role is Role.PREFILL):
+        return ()  # other drafts have KV caches, which a prefill replica must fill as well
     config: dict[str, OptionValue] = {
         "method": method,
         "num_speculative_tokens": int(_option(pool, "speculative_tokens")),

@@ -42,7 +42,16 @@ SGLANG = EngineSpec(
     devices=(DeviceKind.GPU,),
     conflict=_conflict,
     parallel_conflict=_parallel_conflict,
-    shared_options=("kv_cache_dtype", "transfer_backend", "kv_transport", "page_size"),
+    shared_options=(
+        "kv_cache_dtype",
+        "transfer_backend",
+        "kv_transport",
+        "page_size",
+        "dtype",
+        "quantization",
+        "speculative_algorithm",
+        "speculative_num_steps",
+    ),
     parameters=(
         EngineParameter(
             name="max_running_requests",

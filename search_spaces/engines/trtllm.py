@@ -31,7 +31,14 @@ TRTLLM = EngineSpec(
     apart=True,
     devices=(DeviceKind.GPU,),
     parallel_conflict=_parallel_conflict,
-    shared_options=("kv_cache_dtype", "cache_transceiver", "kv_transport"),
+    shared_options=(
+        "kv_cache_dtype",
+        "cache_transceiver",
+        "kv_transport",
+        "tokens_per_block",
+        "speculative_method",
+        "speculative_tokens",
+    ),
     parameters=(
         EngineParameter(
             name="max_batch_size",

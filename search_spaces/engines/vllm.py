@@ -71,7 +71,16 @@ VLLM = EngineSpec(
     conflict=_conflict,
     parallel_conflict=_parallel_conflict,
     workload_conflict=_workload_conflict,
-    shared_options=("kv_cache_dtype", "kv_connector", "kv_transport", "block_size", "dtype"),
+    shared_options=(
+        "kv_cache_dtype",
+        "kv_connector",
+        "kv_transport",
+        "block_size",
+        "dtype",
+        "quantization",
+        "speculative_method",
+        "speculative_tokens",
+    ),
     parameters=(
         EngineParameter(
             name="max_num_seqs",

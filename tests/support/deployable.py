@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +37,7 @@ slos: {{ttft_p99_ms: 1}}
 node_pools: {{h100: {{device: h100_sxm, nodes: 2, gpus_per_node: 8, price_per_hour: 20, accelerator_type: H100}}}}
 engines: [{engine}]
 """
+CORES = tuple(sorted(os.sched_getaffinity(0))) * 2
 KEY = "a-secret-key"
 MODEL_SOURCE = "meta-llama/Llama-3.1-70B-Instruct"
 
@@ -166,7 +168,7 @@ def processes(
                     port=41000 + len(found),
                     model=model,
                     workload=problem.workload,
-                    device_ids=tuple(range(2, 2 + each)),
+                    device_ids=CORES[:each] if not on_gpu else tuple(range(2, 2 + each)),
                     work_dir=folder,
                     shared_dir=folder / "shared",
                     peer=next((other for other in deployed.pools if other.role is not pool.role), None),

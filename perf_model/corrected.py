@@ -22,12 +22,15 @@ _RATES = (
     "output_tokens_per_s",
     "output_tokens_per_s_per_gpu",
     "output_tokens_per_dollar",
+    "total_tokens_per_s",
     "input_tokens_per_s",
     "requests_per_s",
     "goodput_rps",
     "goodput_rps_per_gpu",
     "goodput_requests_per_dollar",
+    "requests_per_dollar",
 )
+_COSTS = ("cost_per_million_tokens", "cost_per_million_output_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +109,9 @@ class CorrectedPredictor:
         for name in _RATES:
             if name in values:
                 values[name] *= speed
-        if "cost_per_million_output_tokens" in values:
-            values["cost_per_million_output_tokens"] /= speed
+        for name in _COSTS:
+            if name in values:
+                values[name] /= speed
         values["output_tokens_per_s_per_user"] = 1000.0 / values["tpot_mean_ms"]
         return replace(raw, metrics=values, log_stddev=_log_stddevs(raw, values, factors))
 

@@ -27,6 +27,7 @@ class Deployment:
 def metrics(estimate: ServingEstimate, deployment: Deployment, slos: Sequence[Slo]) -> dict[str, FloatArray]:
     """Every metric of `search_spaces.metrics.METRICS`; those per dollar are NaN where devices have no price."""
     tokens_per_s = deployment.requests_per_s * deployment.osl
+    prompt_tokens_per_s = deployment.requests_per_s * deployment.isl
     goodput = deployment.requests_per_s * attainment(estimate, deployment, slos)
     dollars_per_s = np.where(deployment.price_per_hour > 0, deployment.price_per_hour / 3600.0, np.nan)
     return {
@@ -35,11 +36,14 @@ def metrics(estimate: ServingEstimate, deployment: Deployment, slos: Sequence[Sl
         "output_tokens_per_s_per_gpu": tokens_per_s / deployment.devices,
         "output_tokens_per_s_per_user": 1000.0 / estimate.tpot.mean(),
         "output_tokens_per_dollar": tokens_per_s / dollars_per_s,
-        "input_tokens_per_s": deployment.requests_per_s * deployment.isl,
+        "total_tokens_per_s": tokens_per_s + prompt_tokens_per_s,
+        "input_tokens_per_s": prompt_tokens_per_s,
         "requests_per_s": deployment.requests_per_s,
         "goodput_rps": goodput,
         "goodput_rps_per_gpu": goodput / deployment.devices,
         "goodput_requests_per_dollar": goodput / dollars_per_s,
+        "requests_per_dollar": deployment.requests_per_s / dollars_per_s,
+        "cost_per_million_tokens": 1e6 * dollars_per_s / (tokens_per_s + prompt_tokens_per_s),
         "cost_per_million_output_tokens": 1e6 * dollars_per_s / tokens_per_s,
         "price_per_hour": deployment.price_per_hour,
         "devices": deployment.devices,

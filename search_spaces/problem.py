@@ -8,6 +8,7 @@ from search_spaces.errors import InvalidValueError, require
 from search_spaces.hardware import NodePool
 from search_spaces.metrics import Direction, metric_info
 from search_spaces.model import ModelSpec
+from search_spaces.serving import ServingConfig
 from search_spaces.slos import Slo
 from search_spaces.workload import Workload
 
@@ -53,6 +54,10 @@ class Problem:
                 return pool
         known = ", ".join(pool.name for pool in self.node_pools)
         raise InvalidValueError(f"node pool {name!r} is unknown; choose {known}")
+
+    def price_per_hour(self, config: ServingConfig) -> float:
+        """Dollars per hour of the devices that `config` reserves."""
+        return sum(pool.devices * self.node_pool(pool.node_pool).price_per_device_hour for pool in config.pools)
 
 
 __all__ = ["Objective", "Problem", "Slo"]

@@ -9,6 +9,7 @@ from enum import StrEnum
 from search_spaces.errors import require
 from search_spaces.outcome import FailureReason
 from studies.records import TrialRecord, TrialStatus
+from studies.spending import NOTHING_SPENT, Spent
 
 
 class StopReason(StrEnum):
@@ -16,6 +17,8 @@ class StopReason(StrEnum):
 
     TRIALS = "the budget of trials is used"
     WALL_TIME = "the budget of wall time is used"
+    DEVICE_HOURS = "the budget of device-hours is used"
+    COST = "the budget of money is used"
     LITTLE_GAIN = "little more is expected to be gained"
     SPACE_EXHAUSTED = "every candidate has been measured"
     INFRASTRUCTURE = "too many faults of the infrastructure in a row"
@@ -26,11 +29,14 @@ class Budget:
     """Limits of a study: finished candidates over its whole life, wall time of this run, lost trials in a row.
 
     `min_gain` ends the study when each of the last `patience` screened proposals came with a smaller expected growth of
-    the hypervolume, relative to what was held; None for no such limit.
+    the hypervolume, relative to what was held; None for no such limit. `device_hours` and `dollars` limit what all
+    trials cost (see `studies.spending`), those in flight taken for average ones.
     """
 
     trials: int
     wall_s: float | None = None
+    device_hours: float | None = None
+    dollars: float | None = None
     min_gain: float | None = None
     patience: int = 4
     lost_in_a_row: int = 10
@@ -38,6 +44,9 @@ class Budget:
     def __post_init__(self) -> None:
         require(self.trials >= 1, f"budget trials={self.trials} must be at least 1")
         require(self.wall_s is None or self.wall_s > 0, f"budget wall_s={self.wall_s} must be above 0")
+        for label in ("device_hours", "dollars"):
+            value = getattr(self, label)
+            require(value is None or value > 0, f"budget {label}={value} must be above 0")
         require(self.min_gain is None or self.min_gain > 0, f"budget min_gain={self.min_gain} must be above 0")
         require(self.patience >= 1, f"budget patience={self.patience} must be at least 1")
         require(self.lost_in_a_row >= 1, f"lost_in_a_row={self.lost_in_a_row} must be at least 1")
@@ -86,24 +95,37 @@ def progress_of(trials: Sequence[TrialRecord]) -> Progress:
 
 
 def stop_reason(
-    budget: Budget, progress: Progress, *, elapsed_s: float, space_exhausted: bool = False
+    budget: Budget,
+    progress: Progress,
+    *,
+    elapsed_s: float,
+    space_exhausted: bool = False,
+    spent: Spent = NOTHING_SPENT,
 ) -> StopReason | None:
     """Why no further trial may be asked for, None where one may.
 
     Running trials count towards the budget of trials, so that it is met exactly; a stop for that reason means: wait for
     those, and ask again if one of them is lost.
     """
-    if progress.finished + progress.running >= budget.trials:
-        return StopReason.TRIALS
-    if budget.wall_s is not None and elapsed_s >= budget.wall_s:
-        return StopReason.WALL_TIME
-    if budget.min_gain is not None and progress.little_gain(budget.min_gain, budget.patience):
-        return StopReason.LITTLE_GAIN
-    if progress.lost_in_a_row >= budget.lost_in_a_row:
-        return StopReason.INFRASTRUCTURE
-    if space_exhausted and progress.waiting == 0:
-        return StopReason.SPACE_EXHAUSTED
-    return None
+    little_gain = budget.min_gain is not None and progress.little_gain(budget.min_gain, budget.patience)
+    reasons = (
+        (StopReason.TRIALS, progress.finished + progress.running >= budget.trials),
+        (StopReason.WALL_TIME, budget.wall_s is not None and elapsed_s >= budget.wall_s),
+        *((limit, True) for limit in over_budget(budget, spent.with_running(progress.running))),
+        (StopReason.LITTLE_GAIN, little_gain),
+        (StopReason.INFRASTRUCTURE, progress.lost_in_a_row >= budget.lost_in_a_row),
+        (StopReason.SPACE_EXHAUSTED, space_exhausted and progress.waiting == 0),
+    )
+    return next((reason for reason, holds in reasons if holds), None)
+
+
+def over_budget(budget: Budget, spent: Spent) -> tuple[StopReason, ...]:
+    """Which limits `spent` has reached."""
+    limits = (
+        (StopReason.DEVICE_HOURS, budget.device_hours, spent.device_hours),
+        (StopReason.COST, budget.dollars, spent.dollars),
+    )
+    return tuple(reason for reason, limit, used in limits if limit is not None and used >= limit)
 
 
 def _lost_its_coordinator(trial: TrialRecord) -> bool:

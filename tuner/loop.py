@@ -23,7 +23,8 @@ from search_spaces.serving import Candidate
 from studies.errors import SpaceExhausted
 from studies.records import Proposal, TrialRecord, TrialStatus
 from studies.repeats import confirmation_s
-from studies.stopping import Budget, Progress, StopReason, stop_reason
+from studies.spending import Spent, spent
+from studies.stopping import Budget, Progress, StopReason, over_budget, stop_reason
 from studies.study import Study
 from tuner.observer import RECENT_TRIALS, Observer, Snapshot, Trying
 from tuner.utilisation import Utilisation
@@ -89,6 +90,7 @@ class _View:
 
     trials: tuple[TrialRecord, ...]
     progress: Progress
+    spent: Spent
     confirming_s: float
     hypervolume: float
     gain: float | None
@@ -154,6 +156,7 @@ class Search:
         self._view = _View(
             trials=trials,
             progress=self.study.progress(),
+            spent=spent(trials, self.plan.problem),
             confirming_s=self._confirming_s(trials),
             hypervolume=volumes[-1] if volumes else 0.0,
             gain=recent_gain(volumes),
@@ -172,7 +175,10 @@ class Search:
         budget = self.plan.budget
         self._time_is_up = self._time_is_up or (budget.wall_s is not None and needed_s >= budget.wall_s)
         elapsed_s = math.inf if self._time_is_up else needed_s
-        return stop_reason(budget, self._view.progress, elapsed_s=elapsed_s, space_exhausted=self._exhausted)
+        view = self._view
+        return stop_reason(
+            budget, view.progress, elapsed_s=elapsed_s, space_exhausted=self._exhausted, spent=view.spent
+        )
 
     @property
     def _elapsed_s(self) -> float:
@@ -192,6 +198,8 @@ class Search:
         wall_s = self.plan.budget.wall_s
         is_late = wall_s is not None and self._elapsed_s >= wall_s
         if is_late or reason is StopReason.INFRASTRUCTURE or self._view.progress.running:
+            return
+        if over_budget(self.plan.budget, self._view.spent.with_running(len(self._trying))):
             return
         proposal = self.study.ask_repeat(warm=self.runner.warm())
         if proposal is None:

@@ -24,8 +24,9 @@ from studies.noise import stability_of
 from studies.pareto import front
 from studies.records import TrialRecord, TrialStatus
 from studies.repeats import candidates_of, runs_by_key
+from studies.spending import spent
 from tuner.spread import Spreads, stability_json, stability_table
-from tuner.wording import candidate_json, candidate_text, metric_label, number
+from tuner.wording import candidate_json, candidate_text, metric_label, number, slo_text
 
 Z_90 = 1.6449
 """Standard deviations on either side of a normal mean that hold 90%."""
@@ -247,18 +248,23 @@ def _stability(report: StudyReport) -> RenderableType:
 def _head(report: StudyReport) -> list[RenderableType]:
     found = [f"{report.count(status)} {status}" for status in TrialStatus if report.count(status)]
     counts = ", ".join([*found, *([f"{report.repeats} repeats"] if report.repeats else [])])
-    slos = ", ".join(f"{slo.metric} {_bound(slo.metric)} {number(slo.threshold)}" for slo in report.problem.slos)
+    slos = ", ".join(slo_text(slo) for slo in report.problem.slos)
     return [
         Text(f"{report.name}{mark(report)}: {report.status}", style="bold"),
         Text(f"  trials      {counts or 'none'}"),
         Text(f"  feasible    {sum(t.feasible for t in report.candidates)} ({len(report.front)} on the front)"),
         Text(f"  SLOs        {slos or 'none'}"),
+        Text(f"  spent       {spent_text(report)}"),
         Text(f"  storage     {report.storage}"),
     ]
 
 
-def _bound(metric: str) -> str:
-    return "at most" if METRICS[metric].direction is Direction.MINIMIZE else "at least"
+def spent_text(report: StudyReport) -> str:
+    """Device-hours and dollars of all trials so far, and what they leave out."""
+    total = spent(report.trials, report.problem)
+    priced = any(pool.price_per_hour > 0 for pool in report.problem.node_pools)
+    money = f", ${total.dollars:,.2f}" if priced else ", without prices"
+    return f"{number(total.device_hours)} device-hours{money} in {total.trials} trials (idle and warm nodes left out)"
 
 
 def _best_table(report: StudyReport) -> RenderableType:
@@ -381,6 +387,7 @@ def _overview(report: StudyReport) -> dict[str, Json]:
             for name, direction in zip(report.objectives, report.directions, strict=True)
         ],
         "slos": [to_json(slo) for slo in report.problem.slos],
+        "spent": to_json(spent(report.trials, report.problem)),
         "counts": counts | {"repeats": report.repeats},
         "measured_modes": {mode: modes.count(mode) for mode in sorted(set(modes))},
     }

@@ -81,19 +81,9 @@ def with_slos(history: StudyHistory, place: Place, given: Sequence[str]) -> Stud
     return stored_file(history, place, [f"slos={json.dumps(slos)}"])
 
 
-def slo_text(slo: Slo) -> str:
-    """An SLO in words, such as `ttft_p95_ms at most 500 (soft, weight 0.5, steepness 1)`."""
-    from search_spaces.metrics import Direction, metric_info
-    from tuner.wording import number
-
-    bound = "at most" if metric_info(slo.metric).direction is Direction.MINIMIZE else "at least"
-    shape = f"weight {slo.weight:g}, steepness {slo.steepness:g}"
-    kind = f"soft, {shape}" if not slo.hard else f"hard, up to {slo.fail_ratio:.0%} over, {shape}"
-    plain = slo.hard and slo.fail_ratio == 0
-    return f"{slo.metric} {bound} {number(slo.threshold)}{'' if plain else f' ({kind})'}"
-
-
 def _notes(objectives: Sequence[str], before: Sequence[Slo], after: Sequence[Slo]) -> list[str]:
+    from tuner.wording import slo_text
+
     lines = [
         f"score: nearness to the best in {', '.join(objectives)}, times 1 - penalty of each SLO",
         f"SLOs of the study: {'; '.join(map(slo_text, before)) or 'none'}",

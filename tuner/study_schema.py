@@ -329,7 +329,16 @@ class NodePoolSection(Section):
     nodes: Count = Field(default=1, description="number of nodes", examples=[1])
     gpus_per_node: Count | None = Field(default=None, description="GPUs of a node", examples=[8])
     cpus_per_node: Count | None = Field(default=None, description="cores of a node that replicas may use", examples=[4])
-    price_per_hour: float = Field(default=0.0, ge=0, description="dollars per node and hour", examples=[2.5])
+    price_per_hour: float = Field(default=0.0, ge=0, description="dollars per node and hour, on demand", examples=[2.5])
+    spot_price_per_hour: Positive | None = Field(
+        default=None, description="dollars per node and hour for nodes that may be taken back", examples=[1.0]
+    )
+    reserved_price_per_hour: Positive | None = Field(
+        default=None, description="dollars per node and hour for nodes that are rented for long", examples=[1.6]
+    )
+    pricing: Literal["on_demand", "spot", "reserved"] = Field(
+        default="on_demand", description="which of the prices counts", examples=["spot"]
+    )
     labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels", examples=["{gpu: h100}"])
     accelerator_type: str | None = Field(default=None, description="Ray accelerator type", examples=["H100"])
     engines: dict[
@@ -352,6 +361,18 @@ class NodePoolSection(Section):
         if getattr(self, wanted) is None:
             raise KeyProblemError(wanted, f"missing with device: {self.device}; write such as {wanted}: 2")
         return self
+
+    @model_validator(mode="after")
+    def _chosen_price_given(self) -> Self:
+        if self.price is None:
+            raise KeyProblemError("pricing", f"{self.pricing} needs {self.pricing}_price_per_hour; give it too")
+        return self
+
+    @property
+    def price(self) -> float | None:
+        """Dollars per node and hour that count; None where the chosen one is not given."""
+        named = {"spot": self.spot_price_per_hour, "reserved": self.reserved_price_per_hour}
+        return named.get(self.pricing, self.price_per_hour)
 
     @property
     def devices_per_node(self) -> int:
@@ -408,6 +429,14 @@ class BudgetSection(Section):
     trials: Count = Field(default=32, description="candidates that are measured", examples=[16])
     wall_time: Annotated[Positive, BeforeValidator(_as_seconds)] | None = Field(
         default=None, description="duration, in seconds or such as 4m or 2h; none for no limit", examples=["4m"]
+    )
+    device_hours: Positive | None = Field(
+        default=None,
+        description="GPU-hours (core-hours on CPU nodes) that all trials may take; none for no limit",
+        examples=[50],
+    )
+    cost: Positive | None = Field(
+        default=None, description="dollars that all trials may cost, at the prices of the node pools", examples=[200]
     )
     min_gain: Annotated[float, Field(gt=0, lt=1), BeforeValidator(_as_share)] | None = Field(
         default=None,
@@ -618,8 +647,9 @@ class StudyFile(Section):
 
     @model_validator(mode="after")
     def _prices_known(self) -> Self:
-        free = sorted(name for name, pool in self.node_pools.items() if pool.price_per_hour == 0)
+        free = sorted(name for name, pool in self.node_pools.items() if not pool.price)
         paid = sorted(metric for metric in (*self.objectives, *self.slos) if "dollar" in metric or "cost" in metric)
+        paid += ["budget.cost"] if self.budget.cost is not None else []
         if free and paid:
             raise KeyProblemError(
                 f"node_pools.{free[0]}.price_per_hour",

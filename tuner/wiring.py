@@ -58,7 +58,7 @@ _ROLE_LISTS = ("replicas", "tp", "pp", "dp", "ep")
 UNMEASURED_CORE = Device(
     name="cpu-core",
     kind=DeviceKind.CPU,
-    memory_bytes=1e9,
+    memory_bytes=4e9,
     memory_bandwidth=1e10,
     flops={"fp32": 1e10},
     link_bandwidth=1e9,
@@ -127,7 +127,7 @@ def _node_pool(name: str, pool: NodePoolSection, devices: Mapping[str, Device]) 
         device=devices.get(name) or (UNMEASURED_CORE if pool.device == "cpu" else known_gpu(pool.device)),
         nodes=pool.nodes,
         devices_per_node=pool.devices_per_node,
-        price_per_hour=pool.price_per_hour,
+        price_per_hour=pool.price or 0.0,
         labels=dict(pool.labels),
         accelerator_type=pool.accelerator_type,
     )
@@ -173,7 +173,14 @@ def make_budget(study: StudyFile) -> Budget:
     from studies.stopping import Budget  # loads Optuna
 
     limits = study.budget
-    return Budget(trials=limits.trials, wall_s=limits.wall_time, min_gain=limits.min_gain, patience=limits.patience)
+    return Budget(
+        trials=limits.trials,
+        wall_s=limits.wall_time,
+        device_hours=limits.device_hours,
+        dollars=limits.cost,
+        min_gain=limits.min_gain,
+        patience=limits.patience,
+    )
 
 
 def make_repeats(study: StudyFile) -> RepeatRule:
@@ -216,7 +223,7 @@ def serving_model(problem: Problem, study: StudyFile) -> ServingPredictor:
 def with_prior(model: ServingPredictor, problem: Problem, study: StudyFile) -> Predictor:
     """`model`, corrected by the prior that `study` wants where its engines run on GPUs."""
     prior = chosen_prior(study.calibration)
-    on_gpus = any(DeviceKind.GPU in engine_spec(engine).devices for engine in study.engines)
+    on_gpus = any(pool.device.kind is DeviceKind.GPU for pool in problem.node_pools)
     if prior is None or not on_gpus or is_emulated(study):  # what is emulated takes the model's times as they are
         return model
     from perf_model.corrected import CorrectedPredictor

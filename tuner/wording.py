@@ -5,6 +5,7 @@ from __future__ import annotations
 from search_spaces.engines import engine_spec
 from search_spaces.metrics import METRICS, Direction
 from search_spaces.serving import Candidate, Pool, Role
+from search_spaces.slos import Slo
 from studies.codec import Json
 
 _ROLE_LETTER = {Role.MIXED: "", Role.PREFILL: "P", Role.DECODE: "D"}
@@ -33,6 +34,15 @@ def metric_label(name: str) -> str:
     """Name, unit and better direction, such as `ttft_p99_ms (lower is better)`."""
     better = "lower" if METRICS[name].direction is Direction.MINIMIZE else "higher"
     return f"{name} ({METRICS[name].unit}, {better} is better)"
+
+
+def slo_text(slo: Slo) -> str:
+    """An SLO in words, such as `ttft_p95_ms at most 500 (soft, weight 0.5, steepness 1)`."""
+    bound = "at most" if METRICS[slo.metric].direction is Direction.MINIMIZE else "at least"
+    shape = f"weight {slo.weight:g}, steepness {slo.steepness:g}"
+    kind = f"soft, {shape}" if not slo.hard else f"hard, up to {slo.fail_ratio:.0%} over, {shape}"
+    plain = slo.hard and slo.fail_ratio == 0
+    return f"{slo.metric} {bound} {number(slo.threshold)}{'' if plain else f' ({kind})'}"
 
 
 def pools_text(candidate: Candidate, *, separator: str = " + ") -> str:

@@ -9,6 +9,7 @@ import pytest
 from search_spaces.errors import InvalidValueError
 from search_spaces.outcome import Failure, FailureReason
 from studies.records import TrialRecord, TrialStatus
+from studies.spending import Spent
 from studies.stopping import Budget, Progress, StopReason, progress_of, stop_reason
 
 BUDGET = Budget(trials=4, wall_s=60.0, lost_in_a_row=3)
@@ -25,6 +26,23 @@ def trial(number: int, status: TrialStatus, reason: FailureReason | None = None)
         outcome=Failure(reason=reason, detail="x") if reason else None,
         values=None,
     )
+
+
+@pytest.mark.parametrize(
+    ("limits", "spent", "running", "reason"),
+    [
+        ({"dollars": 10.0}, Spent(dollars=9.9, device_hours=50.0, trials=9), 0, None),
+        ({"dollars": 10.0}, Spent(dollars=10.0, device_hours=5.0, trials=9), 0, StopReason.COST),
+        ({"dollars": 10.0}, Spent(dollars=9.0, device_hours=5.0, trials=9), 1, StopReason.COST),
+        ({"device_hours": 5.0}, Spent(dollars=10.0, device_hours=5.0, trials=9), 0, StopReason.DEVICE_HOURS),
+        ({"device_hours": 5.0, "dollars": 1.0}, Spent(), 3, None),
+    ],
+)
+def test_money_and_device_hours_are_limits_that_what_runs_counts_towards(
+    limits: dict[str, float], spent: Spent, running: int, reason: StopReason | None
+) -> None:
+    budget = Budget(trials=100, **limits)  # type: ignore[arg-type]  # limits by name
+    assert stop_reason(budget, progress(finished=9, running=running), elapsed_s=0.0, spent=spent) is reason
 
 
 def progress(**counts: int) -> Progress:

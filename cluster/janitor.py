@@ -1,12 +1,15 @@
-"""Finds and ends processes that a dead coordinator or actor left on this host.
+"""Finds and ends processes that nobody wants any more on this host.
 
 A tagged process is an orphan when its owner (the actor that started it) or its coordinator (the driver of the study)
-was on this host and is gone. Processes without our tags, and those of a live study, are never touched.
+was on this host and is gone. It has no lease when its coordinator, wherever that is, does not count its trial among
+those that it runs, or has not been heard of for long. Processes without our tags, and those of other live coordinators,
+are never touched.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -59,11 +62,63 @@ def tagged_processes(study: str | None = None) -> list[TaggedProcess]:
 def end_orphans(study: str | None = None, limit_s: float = END_LIMIT_S) -> list[TaggedProcess]:
     """End the orphans of `study` (None: of any study) on this host and return them."""
     orphans = [process for process in tagged_processes(study) if process.orphaned]
+    end_tagged(orphans, limit_s)
+    return orphans
+
+
+def end_tagged(processes: Sequence[TaggedProcess], limit_s: float = END_LIMIT_S) -> None:
+    """End `processes`."""
     live = []
-    for orphan in orphans:
+    for process in processes:
         try:
-            live.append(psutil.Process(orphan.pid))
+            live.append(psutil.Process(process.pid))
         except psutil.NoSuchProcess:
             continue
     end_processes(live, limit_s)
-    return orphans
+
+
+def coordinators_of(study: str) -> tuple[ProcessId, ...]:
+    """The coordinators that processes of `study` on this host name."""
+    return tuple({process.coordinator for process in tagged_processes(study) if process.coordinator is not None})
+
+
+def dead_among(ids: Collection[ProcessId]) -> tuple[ProcessId, ...]:
+    """Those of `ids` that were processes of this host and are gone."""
+    return tuple(process for process in ids if process.is_here and not process.is_alive)
+
+
+def end_processes_of(study: str, coordinators: Collection[ProcessId]) -> list[TaggedProcess]:
+    """End the processes of `study` on this host that name one of `coordinators`, which are dead; returns them."""
+    left = [process for process in tagged_processes(study) if process.coordinator in coordinators]
+    end_tagged(left)
+    return left
+
+
+class Leases:
+    """The leases of one coordinator's trials, as a node knows them (pure bookkeeping; times are monotonic seconds).
+
+    A process loses its lease when two messages in a row, the first of them older than the process was first seen
+    here, do not name its trial; and when no message has come for `abandoned_s`.
+    """
+
+    def __init__(self, coordinator: ProcessId, *, abandoned_s: float, now_s: float) -> None:
+        self._coordinator = coordinator
+        self._abandoned_s = abandoned_s
+        self._heard_s = now_s
+        self._messages = 0
+        self._trials: frozenset[str] = frozenset()
+        self._first_seen: dict[int, int] = {}
+
+    def renew(self, trials: frozenset[str], now_s: float) -> None:
+        """The coordinator runs `trials`, and no others."""
+        self._trials, self._heard_s = trials, now_s
+        self._messages += 1
+
+    def without(self, processes: Sequence[TaggedProcess], now_s: float) -> list[TaggedProcess]:
+        """Those of `processes`, all that there are now, that have no lease."""
+        mine = [process for process in processes if process.coordinator == self._coordinator]
+        unnamed = [process for process in mine if process.trial not in self._trials]
+        self._first_seen = {p.pid: self._first_seen.get(p.pid, self._messages) for p in unnamed}
+        if now_s - self._heard_s > self._abandoned_s:
+            return mine
+        return [process for process in unnamed if self._messages >= self._first_seen[process.pid] + 2]

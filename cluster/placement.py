@@ -107,9 +107,12 @@ def needs_router(config: ServingConfig) -> bool:
     return config.mode is Mode.DISAGGREGATED or config.pools[0].replicas > 1
 
 
-def plan_placement(config: ServingConfig, problem: Problem) -> Placement:
-    """Bundles of `config`; raises `PlacementError` where the pools cannot hold it, however idle they are."""
-    nodes = {name: _free_nodes(problem.node_pool(name)) for name in _pool_names([config])}
+def plan_placement(config: ServingConfig, problem: Problem, live: Mapping[str, int] | None = None) -> Placement:
+    """Bundles of `config`; raises `PlacementError` where the pools cannot hold it, however idle they are.
+
+    `live` is how many nodes of each pool there are now, None for as many as are declared.
+    """
+    nodes = {name: _free_nodes(problem.node_pool(name), live) for name in _pool_names([config])}
     parts: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for wanted in _largest_first(config):
         pool = config.pools[wanted[0]]
@@ -125,11 +128,14 @@ def plan_placement(config: ServingConfig, problem: Problem) -> Placement:
     return Placement(bundles=tuple(bundles))
 
 
-def fit_together(configs: Sequence[ServingConfig], problem: Problem) -> bool:
-    """True where the pools hold all of `configs` at once (first-fit decreasing; client and router not counted)."""
+def fit_together(configs: Sequence[ServingConfig], problem: Problem, live: Mapping[str, int] | None = None) -> bool:
+    """True where the pools hold all of `configs` at once (first-fit decreasing; client and router not counted).
+
+    `live` as for `plan_placement`.
+    """
     for name in _pool_names(configs):
         pool = problem.node_pool(name)
-        free = _free_nodes(pool)
+        free = _free_nodes(pool, live)
         replicas = [p for c in configs for p in c.pools if p.node_pool == name for _ in range(p.replicas)]
         try:
             for replica in sorted(replicas, key=lambda p: -p.devices_per_replica):
@@ -143,8 +149,9 @@ def _pool_names(configs: Iterable[ServingConfig]) -> list[str]:
     return sorted({pool.node_pool for config in configs for pool in config.pools})
 
 
-def _free_nodes(pool: NodePool) -> list[int]:
-    return [pool.devices_per_node] * pool.nodes
+def _free_nodes(pool: NodePool, live: Mapping[str, int] | None) -> list[int]:
+    nodes = pool.nodes if live is None else min(pool.nodes, live.get(pool.name, 0))
+    return [pool.devices_per_node] * nodes
 
 
 def _largest_first(config: ServingConfig) -> list[tuple[int, int]]:
@@ -235,6 +242,27 @@ class NodeView:
         marks = [f"{key}={value}" for key, value in sorted(self.labels.items()) if not key.startswith("ray.io/")]
         marks += sorted(self.accelerator_types)
         return f"{self.host} ({self.cpus:g} CPUs, {self.gpus:g} GPUs{''.join(', ' + mark for mark in marks)})"
+
+
+def live_nodes(pools: Sequence[NodePool], nodes: Sequence[NodeView]) -> dict[str, int]:
+    """How many of `nodes` each pool has, at most as many as it declares; no node is counted for two pools.
+
+    A node that several pools could have goes to the one that asks for most labels, then to the first by name.
+    """
+    counts = dict.fromkeys((pool.name for pool in pools), 0)
+    picky = sorted(pools, key=lambda pool: (-len(pool.labels) - (pool.accelerator_type is not None), pool.name))
+    for node in nodes:
+        pool = next((p for p in picky if counts[p.name] < p.nodes and node.belongs_to(p)), None)
+        if pool is not None:
+            counts[pool.name] += 1
+    return counts
+
+
+def missing_nodes(config: ServingConfig, problem: Problem, live: Mapping[str, int]) -> str:
+    """Which pools of `config` have fewer nodes than they declare, in words."""
+    pools = [problem.node_pool(name) for name in _pool_names([config])]
+    short = [f"pool {p.name!r} has {live.get(p.name, 0)} of {p.nodes}" for p in pools if live.get(p.name, 0) < p.nodes]
+    return ", ".join(short) or "no node is missing"
 
 
 def check_pools(pools: Sequence[NodePool], nodes: Sequence[NodeView]) -> None:

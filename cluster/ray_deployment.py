@@ -29,8 +29,9 @@ from cluster.processes import ProcessId, Tags
 from cluster.ray_actors import MARKER, Account, Job, ProcessActor, ReplicaJob, RouterJob, Seat, Serving
 from cluster.ray_calls import Calls
 from cluster.ray_load import LoadActor, LoadReply
+from cluster.ray_nodes import NodeWatch
 from cluster.ray_session import RayCluster
-from cluster.records import environment, keep_logs, price_per_hour
+from cluster.records import engine_facts, environment, keep_logs, price_per_hour
 from cluster.runner import TrialRequest
 from cluster.verdicts import most_telling
 from search_spaces.outcome import Failure, FailureReason, Measurement, Outcome
@@ -41,6 +42,8 @@ OVERLAPPING_CALLS = 8
 TIMINGS_FILE = "request_timings.parquet"
 ROUTER_STATS_FILE = "router_stats.json"
 LOOPBACK = "127.0.0.1"
+NODE_LABEL = "ray.io/node-id"
+"""A label that Ray gives every node: its id."""
 _BOOT_TIMINGS = ("placement", "start")
 
 
@@ -48,7 +51,7 @@ _BOOT_TIMINGS = ("placement", "start")
 class Site:
     """What all deployments of a runner share. `ledgers` are the cores of each machine, by its id.
 
-    Clients must send `api_key` to every engine and router.
+    Clients must send `api_key` to every engine and router. `watch` knows which nodes are really there.
     """
 
     study: str
@@ -56,6 +59,7 @@ class Site:
     coordinator: ProcessId
     work_dir: Path
     api_key: str = field(repr=False)
+    watch: NodeWatch
     ledgers: dict[str, CoreLedger] = field(default_factory=dict)
 
     def ledger(self, facts: NodeFacts) -> CoreLedger:
@@ -81,6 +85,7 @@ class RayDeployment:
         self._calls = Calls()
         self._logs: dict[str, bytes] = {}
         self._suspects: list[Failure] = []
+        self._inquiring = False
         self._facts: dict[str, NodeFacts] = {}
         self._addresses: dict[str, str] = {}
         self._seats: dict[str, Seat] = {}
@@ -96,6 +101,11 @@ class RayDeployment:
     def state(self) -> life.Deployment:
         """Where its life stands."""
         return self._state
+
+    @property
+    def lease(self) -> str:
+        """The trial whose name the processes carry."""
+        return self._booted_for.trial
 
     @property
     def folder(self) -> Path:
@@ -121,6 +131,7 @@ class RayDeployment:
         if self._state.phase is life.Phase.PLACING and _is_placed(self._group):
             self._feed(life.Placed())
         self._calls.turn()
+        self._look_at_nodes()
         self._feed(life.Tick())
 
     def _feed(self, event: life.Event) -> None:
@@ -157,7 +168,7 @@ class RayDeployment:
     def _lost(self, name: str, error: ray.exceptions.RayError) -> Failure:
         """An actor is gone (with its node, or alone), or met an error that it should have turned into a failure."""
         facts = self._facts.get(name)
-        gone = facts is not None and self._site.cluster.is_lost(facts.node_id)
+        gone = facts is not None and (self._is_silent(name) or self._site.cluster.is_lost(facts.node_id))
         where = f" on {facts.host}" if facts is not None else ""
         text = str(error).strip().splitlines()
         return Failure(
@@ -166,19 +177,37 @@ class RayDeployment:
             log_tail="\n".join(text[-20:]),
         )
 
-    def _investigate(self, failure: Failure) -> None:
+    def _is_silent(self, name: str) -> bool:
+        """True where the node of `name` does not answer, whatever Ray says."""
+        facts = self._facts.get(name)
+        return facts is not None and facts.node_id in self._site.watch.lost
+
+    def _look_at_nodes(self) -> None:
+        silent = [bundle.name for bundle in self._placement.bundles if self._is_silent(bundle.name)]
+        if silent and self._state.alive and not self._inquiring:
+            hosts = ", ".join(sorted({self._facts[name].host for name in silent}))
+            detail = (
+                f"the node of {', '.join(silent)} ({hosts}) does not answer any more, though Ray counts it as alive"
+            )
+            self._investigate(Failure(reason=FailureReason.LOST_NODE, detail=detail))
+
+    def _investigate(self, failure: Failure | None) -> None:
         """Hear from every process how it is, then stop for what tells most: the first sign is rarely the cause."""
-        self._suspects.append(failure)
-        if len(self._suspects) > 1 or not self._state.alive:
+        if failure is not None:
+            self._suspects.append(failure)
+        if self._inquiring or not self._state.alive:
             return
+        self._inquiring = True
         ready = self._state.phase not in life.BOOTING
-        calls = {b.name: self._actors[b.name].account.remote(AUTOPSY_GRACE_S, ready=ready) for b in self._processes}
+        there = [bundle.name for bundle in self._processes if not self._is_silent(bundle.name)]
+        calls = {name: self._actors[name].account.remote(AUTOPSY_GRACE_S, ready=ready) for name in there}
         self._calls.gather(calls, self._condemn)
 
     def _condemn(self, accounts: Mapping[str, Account]) -> None:
-        first, *others = self._suspects
         deaths = [account.death for account in accounts.values() if account.death is not None]
-        failure = most_telling(first, [*others, *deaths])
+        unknown = Failure(reason=FailureReason.ENGINE_CRASH, detail="a process ended, and nothing says why")
+        first, *others = [*self._suspects, *deaths] or [unknown]
+        failure = most_telling(first, others)
         if not failure.log_tail:
             failure = replace(failure, log_tail="\n".join(f"[{n}]\n{a.tail}" for n, a in accounts.items() if a.tail))
         self._feed(life.Faulted(failure=failure))
@@ -191,12 +220,13 @@ class RayDeployment:
     # placement and start
 
     def _reserve(self) -> None:
-        bundles = self._placement.bundles
+        bundles, silent = self._placement.bundles, self._site.watch.lost
+        avoided = {NODE_LABEL: f"!in({','.join(sorted(silent))})"} if silent else {}
         self._group = placement_group(
             [bundle.resources for bundle in bundles],
             strategy="PACK",
             name=f"tuner:{self._site.study}:{self.name}",
-            bundle_label_selector=[dict(bundle.labels) for bundle in bundles],
+            bundle_label_selector=[{**avoided, **bundle.labels} for bundle in bundles],
         )
 
     def _start_actors(self, limit_s: float) -> None:
@@ -341,16 +371,16 @@ class RayDeployment:
             self._investigate(answer)
             return
         self._serving[name] = answer
-        self._calls.add(self._actors[name].watch.remote(), partial(self._ended, name), partial(self._gone, name))
+        self._calls.add(self._actors[name].watch.remote(), self._ended, partial(self._gone, name))
         router = self._placement.router
         if router is not None and name == router.name:
             self._feed(life.RouterReady())
         elif all(bundle.name in self._serving for bundle in self._placement.replicas):
             self._feed(life.ReplicasReady())
 
-    def _ended(self, name: str, by_itself: bool) -> None:
+    def _ended(self, by_itself: bool) -> None:
         if by_itself:
-            self._investigate(Failure(reason=FailureReason.REQUESTS_FAILED, detail=name))
+            self._investigate(None)  # its own account will say why
 
     # measuring
 
@@ -385,7 +415,10 @@ class RayDeployment:
         artifacts = _keep_files(reply, self._requests[trial].artifact_dir)
         outcome = reply.outcome
         if isinstance(outcome, LoadMeasurement):
-            self._with_logs(trial, self._measurement(outcome, artifacts))
+            measurement = self._measurement(outcome, artifacts)
+            if reply.kv_tokens is not None:
+                measurement = replace(measurement, environment={"kv_tokens_handed_over": f"{reply.kv_tokens:.0f}"})
+            self._with_logs(trial, measurement)
             return
         failure = replace(outcome, artifacts={**outcome.artifacts, **artifacts})
         if failure.reason is FailureReason.LATE_CLIENT:  # the deployment is not to blame and stays up
@@ -433,6 +466,7 @@ class RayDeployment:
             for name, facts in self._facts.items()
             if name in self._seats and self._site.ledger(facts).shared(self._owner(name))
         ]
+        launched = [serving.launched for serving in self._serving.values()]
         return environment(
             backend=self._backend,
             ray_version=ray.__version__,
@@ -441,12 +475,13 @@ class RayDeployment:
             cores={name: seat.cores for name, seat in self._seats.items()},
             shared=shared,
             oversubscribed=self._site.cluster.oversubscribed,
-        )
+        ) | engine_facts(self._backend, self.config, launched)
 
     def _stop_processes(self, limit_s: float) -> None:
         """End the processes; their logs come with the answers, and those of lost actors are lost."""
         self._calls.clear()
-        stops = {b.name: self._actors[b.name].stop.remote(limit_s) for b in self._processes}
+        there = [b.name for b in self._processes if not self._is_silent(b.name)]
+        stops = {name: self._actors[name].stop.remote(limit_s) for name in there}
         self._calls.gather(stops, self._stopped, limit_s + life.START_GRACE_S)
 
     def _stopped(self, logs: Mapping[str, bytes]) -> None:

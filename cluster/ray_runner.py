@@ -10,14 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from cluster import deployment as life
 from cluster.engines.base import EngineBackend, PerDeployment, SpansNodes
-from cluster.janitor import TaggedProcess, end_orphans
-from cluster.placement import Bundle, Placement, PlacementError, fit_together, plan_placement
+from cluster.janitor import TaggedProcess, coordinators_of, dead_among, end_orphans, end_processes_of
+from cluster.placement import Bundle, Placement, PlacementError, fit_together, missing_nodes, plan_placement
 from cluster.processes import ProcessId
 from cluster.ray_deployment import RayDeployment, Site
+from cluster.ray_nodes import NodeWatch, WatchRule
 from cluster.ray_session import RayCluster
 from cluster.runner import Running, TrialHandle, TrialRequest
 from search_spaces.errors import InvalidValueError, TunerError
@@ -33,6 +34,7 @@ PAUSE_S = 0.02
 KEPT_OUTCOMES = 256
 CLOSE_GRACE_S = 10.0
 SWEEP_LIMIT_S = 20.0
+Found = TypeVar("Found")
 _PHASES = {
     life.Phase.PLACING: "placement",
     life.Phase.STARTING: "start",
@@ -46,12 +48,16 @@ _PHASES = {
 
 @dataclass(kw_only=True)
 class _Trial:
-    """A trial without an outcome; `owner` is the deployment that it waits for or runs on, None while it queues."""
+    """A trial without an outcome; `owner` is the deployment that it waits for or runs on, None while it queues.
+
+    `short_since_s` is since when its pools have had too few nodes for it, None while they have enough.
+    """
 
     request: TrialRequest
     began_s: float
     owner: RayDeployment | None = None
     overtaken: int = 0
+    short_since_s: float | None = None
 
     @property
     def phase(self) -> str:
@@ -64,21 +70,31 @@ class RayTrialRunner:
     A trial whose devices are taken by busy deployments queues here, for as long as those are busy; its limit of
     placement counts from when the pools have room. Smaller ones may overtake it, at most `MOST_OVERTAKEN`.
 
-    `backends` are the engines by name. `work_dir` (on a cluster: a folder that all nodes share) takes models, logs and
-    hand-over files; what a trial leaves is in its `artifact_dir`. Not for use from several threads.
+    `backends` are the engines by name. `work_dir` takes models, logs and hand-over files; nodes that do not see it
+    use a temporary folder of their own, and what a trial leaves is in its `artifact_dir`, here. `rule` says how the
+    nodes are watched. Not for use from several threads.
     """
 
     def __init__(
-        self, *, study: str, backends: Mapping[str, EngineBackend], cluster: RayCluster, work_dir: Path
+        self,
+        *,
+        study: str,
+        backends: Mapping[str, EngineBackend],
+        cluster: RayCluster,
+        work_dir: Path,
+        rule: WatchRule | None = None,
     ) -> None:
         self._backends = dict(backends)
         self._cluster = cluster
+        coordinator = ProcessId.of(os.getpid())
+        self._watch = NodeWatch(cluster=cluster, study=study, coordinator=coordinator, rule=rule)
         self._site = Site(
             study=study,
             cluster=cluster,
-            coordinator=ProcessId.of(os.getpid()),
+            coordinator=coordinator,
             work_dir=work_dir.resolve(),
             api_key=secrets.token_urlsafe(24),
+            watch=self._watch,
         )
         self._deployments: list[RayDeployment] = []
         self._known: set[str] = set()
@@ -155,14 +171,25 @@ class RayTrialRunner:
         for trial in tuple(self._queue):
             self._unqueue(trial, why)
         self._stop_all(self._deployments, why)
+        self._watch.close()
         end_orphans(self._site.study)
 
     def _sweep(self) -> tuple[TaggedProcess, ...]:
         """End what dead coordinators of the study left: on this host at once, on the others through Ray."""
-        ended = end_orphans(self._site.study)
-        if len(self._cluster.nodes()) > 1:
-            swept = self._cluster.run_on_every_node(SWEEP_LIMIT_S, end_orphans, self._site.study)
-            ended += [process for processes in swept.values() for process in processes]
+        study, everywhere = self._site.study, self._cluster.run_on_every_node
+        ended = end_orphans(study)
+        nodes = self._cluster.nodes()
+        if len(nodes) > 1:
+            ended += _all(everywhere(SWEEP_LIMIT_S, end_orphans, study))
+        others = (
+            set()
+            if self._cluster.local or len(nodes) < 2
+            else set(_all(everywhere(SWEEP_LIMIT_S, coordinators_of, study)))
+        )
+        if others:
+            dead = {process for process in others if process.host not in {node.host for node in nodes}}
+            dead |= set(_all(everywhere(SWEEP_LIMIT_S, dead_among, others)))
+            ended += _all(everywhere(SWEEP_LIMIT_S, end_processes_of, study, dead))
         return tuple(ended)
 
     def processes(self) -> dict[str, dict[str, int]]:
@@ -191,7 +218,7 @@ class RayTrialRunner:
                 self._queue.remove(name)
                 for earlier in passed:
                     earlier.overtaken += 1
-            elif trial.overtaken >= MOST_OVERTAKEN:
+            elif trial.overtaken >= MOST_OVERTAKEN and trial.short_since_s is None:
                 return
             else:
                 passed.append(trial)
@@ -204,15 +231,35 @@ class RayTrialRunner:
         if trial.owner is not None:
             trial.owner.ask(request)
             return True
+        live = self._watch.capacity(request.problem.node_pools)
         try:
-            placement = _plan(request, self._backends[config.engine])
+            placement = _plan(request, self._backends[config.engine], None)  # however many nodes are there now
+            if self._waits_for_nodes(trial, live):
+                return False
+            placement = _plan(request, self._backends[config.engine], live)
         except PlacementError as error:
             self._end(request.trial, Failure(reason=FailureReason.PLACEMENT, detail=str(error)))
             return True
         busy = [d.config for d in self._deployments if d.state.alive and not d.state.warm]
-        if busy and not fit_together([*busy, config], request.problem):
+        if busy and not fit_together([*busy, config], request.problem, live):
             return False
-        trial.owner = self._launch(request, placement)
+        trial.owner = self._launch(request, placement, live)
+        return True
+
+    def _waits_for_nodes(self, trial: _Trial, live: Mapping[str, int]) -> bool:
+        """True where nodes that the trial needs have gone; raises `PlacementError` where they stay away too long."""
+        request, now_s = trial.request, time.monotonic()
+        if fit_together([request.candidate.config], request.problem, live):
+            trial.short_since_s = None
+            return False
+        trial.short_since_s = trial.short_since_s or now_s
+        limit_s = request.limits.placement_s
+        if now_s - trial.short_since_s > limit_s:
+            missing = missing_nodes(request.candidate.config, request.problem, live)
+            raise PlacementError(
+                f"nodes that the deployment needs have gone and did not come back within placement_s={limit_s:g} s: "
+                f"{missing} nodes; start them again, or raise the limit"
+            )
         return True
 
     def _unqueue(self, trial: str, why: str) -> None:
@@ -223,12 +270,12 @@ class RayTrialRunner:
         self._outcomes[trial] = outcome
         del self._running[trial]
 
-    def _launch(self, request: TrialRequest, placement: Placement) -> RayDeployment:
+    def _launch(self, request: TrialRequest, placement: Placement, live: Mapping[str, int]) -> RayDeployment:
         config = request.candidate.config
         backend = self._backends[config.engine]
         if isinstance(backend, PerDeployment):
             backend = backend.for_deployment(config, request.problem)
-        self._make_room(request)
+        self._make_room(request, live)
         self._count += 1
         deployment = RayDeployment(
             name=f"{config.key}-{self._count}",
@@ -240,13 +287,13 @@ class RayTrialRunner:
         self._deployments.append(deployment)
         return deployment
 
-    def _make_room(self, request: TrialRequest) -> None:
+    def _make_room(self, request: TrialRequest, live: Mapping[str, int]) -> None:
         """Stop idle deployments, the one used longest ago first, until the pools and the client's cores have room."""
         standing = [d for d in self._deployments if d.state.alive]
         for idle in self._idle():
             configs = [*(d.config for d in standing), request.candidate.config]
             crowded = self._cluster.local and len(configs) > self._cluster.trials_at_once
-            if not crowded and fit_together(configs, request.problem):
+            if not crowded and fit_together(configs, request.problem, live):
                 return
             idle.stop("another configuration needs its devices")
             standing.remove(idle)
@@ -256,6 +303,7 @@ class RayTrialRunner:
         if time.monotonic() - self._turned_s < TURN_S:
             return
         self._turned_s = time.monotonic()
+        self._watch.turn(frozenset(deployment.lease for deployment in self._deployments))
         requeued: list[str] = []
         for deployment in list(self._deployments):
             deployment.turn()
@@ -304,10 +352,15 @@ class RayTrialRunner:
             time.sleep(PAUSE_S)
 
 
-def _plan(request: TrialRequest, backend: EngineBackend) -> Placement:
+def _all(answers: Mapping[str, Sequence[Found]]) -> list[Found]:
+    """What all nodes answered."""
+    return [found for answer in answers.values() for found in answer]
+
+
+def _plan(request: TrialRequest, backend: EngineBackend, live: Mapping[str, int] | None) -> Placement:
     """Bundles of the deployment; raises `PlacementError` where the pools or the engine could never hold it."""
     config = request.candidate.config
-    placement = plan_placement(config, request.problem)
+    placement = plan_placement(config, request.problem, live)
     for leader in placement.leaders:
         parts = placement.parts(leader)
         refusal = _span_refusal(backend, config, leader, parts) if len(parts) > 1 else None

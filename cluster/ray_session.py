@@ -29,7 +29,9 @@ from search_spaces.hardware import DeviceKind, NodePool
 
 INIT_TRIES = 2
 TCP_LIMIT_S = 5.0
-PROBE_LIMIT_S = 60.0
+PROBE_LIMIT_S = 30.0
+PROBE_TRIES = 3
+PROBE_PAUSE_S = 1.0
 LOOK_LIMIT_S = 1.0
 _AUTH_MODE, _AUTH_TOKEN, _AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _JOIN_TRIES = "RAY_NUM_REDIS_GET_RETRIES"
@@ -266,16 +268,28 @@ class _Probe:
 
 
 def _check_actors(address: str) -> None:
-    """Make an actor and hear from it: a driver may join and run tasks, and yet have none (see `_token_unused`)."""
+    """Make an actor and hear from it: a driver may join and run tasks, and yet have none (see `_token_unused`).
+
+    Tried several times: one may have been put on a node that was about to die, or on one that Ray does not know to be
+    dead yet.
+    """
     import ray
 
-    probe: Any = ray.remote(_Probe).options(num_cpus=0, max_restarts=0).remote()
-    try:
-        ray.get(probe.python.remote(), timeout=PROBE_LIMIT_S)
-    except ray.exceptions.RayError as error:
-        cause = f"an actor does not work there ({type(error).__name__}: {str(error).strip().splitlines()[-1]})"
-        ray.shutdown()
-        raise ClusterError(f"{_token_help(address, cause)}; and that its nodes have this package installed") from error
+    for tries_left in reversed(range(PROBE_TRIES)):
+        probe: Any = ray.remote(_Probe).options(num_cpus=0, max_restarts=0, scheduling_strategy="SPREAD").remote()
+        try:
+            ray.get(probe.python.remote(), timeout=PROBE_LIMIT_S)
+        except ray.exceptions.RayError as error:
+            cause = f"an actor does not work there ({type(error).__name__}: {str(error).strip().splitlines()[-1]})"
+            if tries_left and not isinstance(error, ray.exceptions.RayTaskError):
+                _log.warning("Ray at %s: %s; trying again", address, cause)
+                time.sleep(PROBE_PAUSE_S)
+                continue
+            ray.shutdown()
+            help_ = _token_help(address, cause)
+            raise ClusterError(f"{help_}; and that its nodes have this package installed") from error
+        ray.kill(probe)
+        return
 
 
 def _token_unused() -> bool:

@@ -14,6 +14,8 @@ from cluster.placement import (
     PlacementError,
     check_pools,
     fit_together,
+    live_nodes,
+    missing_nodes,
     needs_router,
     plan_placement,
 )
@@ -130,6 +132,65 @@ def test_a_configuration_fits_alone_where_it_has_a_plan(config: ServingConfig, p
     problem = problem_on(pools)
     if fit_together([config], problem):
         plan_placement(config, problem)
+
+
+@given(st.lists(configs(), max_size=4), node_pools(), st.integers(0, 4))
+def test_what_fits_together_never_takes_more_than_the_live_nodes_have(
+    wanted: list[ServingConfig], pools: tuple[NodePool, ...], live: int
+) -> None:
+    problem = problem_on(pools)
+    alive = {pool.name: live for pool in pools}
+    if not fit_together(wanted, problem, alive):
+        return
+    assert fit_together(wanted, problem), "with more nodes it fits too"
+    for pool in pools:
+        used = sum(p.devices for config in wanted for p in config.pools if p.node_pool == pool.name)
+        assert used <= min(live, pool.nodes) * pool.devices_per_node
+
+
+@given(configs(), node_pools(), st.integers(0, 4))
+def test_a_plan_for_the_live_nodes_uses_no_others(
+    config: ServingConfig, pools: tuple[NodePool, ...], live: int
+) -> None:
+    try:
+        plan = plan_placement(config, problem_on(pools), {pool.name: live for pool in pools})
+    except PlacementError:
+        return
+    assert all((bundle.node or 0) < live for bundle in plan.replicas)
+
+
+@given(configs(), node_pools())
+def test_the_parts_of_a_replica_are_led_by_one_and_hold_whole_groups(
+    config: ServingConfig, pools: tuple[NodePool, ...]
+) -> None:
+    try:
+        plan = plan_placement(config, problem_on(pools))
+    except PlacementError:
+        return
+    assert len(plan.leaders) == sum(pool.replicas for pool in config.pools)
+    assert sorted(b.name for leader in plan.leaders for b in plan.parts(leader)) == sorted(
+        b.name for b in plan.replicas
+    )
+    for leader in plan.leaders:
+        parts = plan.parts(leader)
+        assert parts[0] == leader
+        assert len({part.node for part in parts}) == len(parts), "the parts of one node are one part"
+        pool = next(pool for pool in config.pools if pool.role is leader.role)
+        assert all(part.devices % pool.parallelism.tp == 0 for part in parts)
+
+
+def test_live_nodes_are_counted_once_and_go_to_the_pool_that_asks_for_most() -> None:
+    plain = replace(POOL, name="any", labels={}, nodes=2)
+    picky = replace(POOL, name="moon", labels={"zone": "moon"}, nodes=1)
+    nodes = [node(cpus=8, zone="moon"), node(cpus=8, zone="moon"), node(cpus=8), node(cpus=1)]
+    assert live_nodes([plain, picky], nodes) == {"any": 2, "moon": 1}
+    assert live_nodes([plain, picky], nodes[:1]) == {"any": 0, "moon": 1}
+    assert live_nodes([plain], nodes) == {"any": 2}, "no more than are declared"
+
+
+def test_missing_nodes_are_named() -> None:
+    assert missing_nodes(aggregated(), PROBLEM, {}) == "pool 'here' has 0 of 1"
+    assert missing_nodes(aggregated(), PROBLEM, {"here": 1}) == "no node is missing"
 
 
 def test_a_group_larger_than_a_node_names_value_limit_and_remedy() -> None:

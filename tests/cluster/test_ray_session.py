@@ -99,10 +99,42 @@ def test_a_refused_token_is_told_with_what_to_set(ray_cluster: RayCluster, tmp_p
     assert "With RAY_AUTH_MODE=token here" in wrong
 
 
-def _join(address: str, env: Mapping[str, str]) -> str:
+DYING = """
+import os, sys
+from pathlib import Path
+from cluster import ray_session
+tries, deaths = Path(sys.argv[2]), int(sys.argv[3])
+class Dying(ray_session._Probe):
+    def python(self):
+        with tries.open("a") as file:
+            file.write("x")
+        if len(tries.read_text()) <= deaths:
+            os._exit(1)
+        return super().python()
+ray_session._Probe = Dying
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_probe_that_dies_with_its_node_is_sent_again(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    once, always = tmp_path / "once", tmp_path / "always"
+    joined = _join(ray_cluster.address, {}, DYING + JOIN, str(once), "1").splitlines()
+    assert joined[-1] == "joined 1 False"  # Ray prints a word on the actor before
+    assert once.read_text() == "xx"
+    assert "an actor does not work there" in _join(ray_cluster.address, {}, DYING + JOIN, str(always), "9")
+    assert always.read_text() == "xxx"
+
+
+def _join(address: str, env: Mapping[str, str], program: str = JOIN, *arguments: str) -> str:
     """What a process without Ray's variables prints when it joins."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     done = subprocess.run(
-        [sys.executable, "-c", JOIN, address], env=clean | env, capture_output=True, text=True, check=False, timeout=90
+        [sys.executable, "-c", program, address, *arguments],
+        env=clean | env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=90,
     )
     return done.stdout.strip() or done.stderr

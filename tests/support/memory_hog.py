@@ -1,0 +1,58 @@
+"""A replica that takes memory until the kernel ends it, or ends itself with the same signal."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from cluster.engines.base import LaunchCommand, ReplicaSpec
+from cluster.engines.llamacpp import LlamaCppBackend
+from cluster.processes import ProcessId, Tags
+from cluster.ray_actors import MARKER, ProcessActor, ReplicaJob, Seat
+from search_spaces.model import ModelSpec
+from search_spaces.outcome import Failure
+from search_spaces.serving import Pool, Role
+from tests.support.ray_problem import PROBLEM
+
+PROGRAMS = {
+    "hog": "print('loading', flush=True); held = [bytearray(2**24) for _ in range(200)]",
+    "suicide": "print('loading', flush=True); import os; os.kill(os.getpid(), 9)",
+}
+
+
+class Hog(LlamaCppBackend):
+    """llama.cpp's backend, whose replicas run `program` instead."""
+
+    def __init__(self, program: str) -> None:
+        self._program = program
+
+    def prepare(self, model: ModelSpec, directory: Path) -> ModelSpec:
+        del directory
+        return model
+
+    def replica_command(self, replica: ReplicaSpec) -> LaunchCommand:
+        del replica
+        return LaunchCommand(argv=(sys.executable, "-c", PROGRAMS[self._program]))
+
+
+def outcome(folder: Path, program: str) -> dict[str, object]:
+    """What the actor of a replica says of it, called as a plain object."""
+    (folder / MARKER).touch()
+    actor = ProcessActor(Tags(study="hog", trial="t", coordinator=ProcessId.of(os.getpid())))
+    job = ReplicaJob(
+        backend=Hog(program),
+        name="mixed-0",
+        trial="t",
+        pool=Pool(role=Role.MIXED, node_pool="here"),
+        index=0,
+        model=PROBLEM.model,
+        workload=PROBLEM.workload,
+        model_dir=folder,
+        work_dir=folder,
+        shared_dir=folder / "shared",
+    )
+    found = actor.serve(job, Seat(host="127.0.0.1", cores=()), 30.0)
+    assert isinstance(found, Failure)
+    return asdict(found)

@@ -203,12 +203,16 @@ def lacking_runs(trials: Sequence[TrialRecord], members: Sequence[TrialRecord], 
 def confirmation_s(
     trials: Sequence[TrialRecord], members: Sequence[TrialRecord], rule: RepeatRule, at_once: int = 1
 ) -> float:
-    """Expected seconds until each of `members` has its runs, `at_once` of them at a time.
+    """Expected seconds until each of `members` has its runs, `at_once` of them at a time; 0 where each has.
 
-    Runs take the median measurement of the study so far, deployments the median start of their mode.
+    Runs take the median measurement of the study so far, deployments the median start of their mode. One candidate
+    more is counted in: the one that would be measured before.
     """
     lacking = {number: count for number, count in lacking_runs(trials, members, rule).items() if count}
+    if not lacking:
+        return 0.0
     costs = costs_of(trials)
     configs = {m.candidate.config for m in members if m.number in lacking and m.candidate is not None}
     starts_s = sum(costs.start_s.get(config.mode, 0.0) for config in configs)
-    return (sum(lacking.values()) * costs.measure_s + starts_s) / at_once
+    candidate_s = costs.measure_s + max(costs.start_s.values(), default=0.0)
+    return candidate_s + (sum(lacking.values()) * costs.measure_s + starts_s) / at_once

@@ -19,6 +19,7 @@ from studies.records import Origin, Plan, TrialRecord, TrialStatus
 from studies.repeats import (
     RepeatRule,
     candidates_of,
+    confirmation_s,
     control_of,
     due_confirmation,
     due_control,
@@ -241,3 +242,17 @@ def test_the_failure_of_a_repeat_is_kept_apart_from_its_first_run() -> None:
     ]
     found = runs_by_key(trials)[CANDIDATES[0].key]
     assert found.record.measurement == trials[0].measurement
+
+
+def test_the_time_to_confirm_is_that_of_the_runs_and_starts_that_lack() -> None:
+    """A candidate takes 2 s to start and 1 s to measure; two members on deployments of their own lack two runs each."""
+    timings = {"start": 2.0, "warm_up": 0.0, "measure": 1.0}
+    known = {c.config: c for c in CANDIDATES}
+    trials = [
+        run(number, candidate, outcome=replace(measure(candidate), timings_s=timings))
+        for number, candidate in enumerate(list(known.values())[:2])
+    ]
+    rule = RepeatRule(confirm=3)
+    assert confirmation_s(trials, trials, rule) == pytest.approx(3.0 + 4 * 1.0 + 2 * 2.0)
+    assert confirmation_s(trials, trials, rule, at_once=2) == pytest.approx(3.0 + 4.0)
+    assert confirmation_s(trials, trials, RepeatRule(confirm=1)) == 0.0

@@ -44,6 +44,8 @@ MODELS = {
     "MiniMax-M2.5": ("MiniMaxAI/MiniMax-M2.5", ("fp8_block",)),
     "gpt-oss-120b": ("openai/gpt-oss-120b", ("bfloat16",)),
     "DeepSeek-V3": ("deepseek-ai/DeepSeek-V3", ("fp8_block",)),
+    "Qwen3.5-397B-A17B": ("Qwen/Qwen3.5-397B-A17B", ("bfloat16", "fp8_block")),
+    "GLM-5": ("zai-org/GLM-5-FP8", ("fp8_block",)),
 }
 
 

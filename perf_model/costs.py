@@ -39,6 +39,10 @@ NEIGHBOURS = 4
 LAUNCH_MARGIN = 1.25  # how much slower than the fastest engine's a matrix product may be on the same GPU
 ROOFLINE_EFFICIENCY = 0.6  # of the speed of light, where no table of any format or shape helps
 MOST_TOKENS = 2.0**21
+# Tables of the experts' kernels of wide expert parallelism by engine (and by phase), and the number of expert-parallel
+# ranks above which the public recipes balance experts (eplb).
+WIDE_TABLES = {"sglang": "wideep_{}_moe_perf", "trtllm": "wideep_moe_perf"}
+BALANCED_FROM = 8
 # Attention kernels that an engine picks by the GPU's compute capability, where its table holds several.
 PREFERRED_KERNELS = {("sglang", 90): "fa3", ("sglang", 100): "triton", ("sglang", 103): "triton"}
 
@@ -232,6 +236,8 @@ class OperationCosts:
         for form in (operation.format, *SUBSTITUTES[operation.format]):
             other = replace(operation, format=form)
             found = self._experts_exact(other) or self._experts_near(other)
+            if found is not None and operation.wide and self.repair:
+                found = self._faster_wide(other, found)
             if found is None:
                 continue
             per_rank = found
@@ -267,6 +273,31 @@ class OperationCosts:
                     x, y = one.number("num_tokens"), one.number("latency")
                     return curve(x, y, lambda tokens: self._experts_light(operation, tokens))
         return None
+
+    def _faster_wide(self, operation: Experts, found: Curve) -> Curve:
+        """`found`, or what the kernels of wide expert parallelism take, whichever is less at each number of tokens.
+
+        Their tables hold few formats and sizes: others take the ratio to the speed of light of the nearest.
+        """
+        name = WIDE_TABLES.get(self.store.engine, "none").format(operation.wide)
+        rows = self.store.table("moe", name).where(
+            hidden_size=operation.hidden_size,
+            inter_size=operation.intermediate_size,
+            topk=operation.active,
+            num_experts=operation.experts,
+        )
+        if not len(rows):
+            return found
+        form = operation.format if len(rows.where(moe_dtype=operation.format)) else _word_of(rows, "moe_dtype")
+        ep = _nearest_words(rows, "moe_ep_size", operation.ep)[0]
+        rows = rows.where(moe_dtype=form, moe_ep_size=ep)
+        balanced = f"{operation.distribution}_eplb" if operation.ep > BALANCED_FROM else operation.distribution
+        rows = _first_match(rows, "distribution", (balanced, operation.distribution))
+        one = first_rows(_fastest_rows(rows, "num_tokens"), ["num_tokens"])
+        x = one.number("num_tokens")
+        light = self._experts_light(operation, x)
+        wide = one.number("latency") * light / self._experts_light(replace(operation, format=form, ep=ep), x)
+        return curve(x, np.minimum(wide, found(x)), lambda tokens: self._experts_light(operation, tokens))
 
     def _experts_near(self, operation: Experts) -> Curve | None:
         """Utilisation of the nearest shapes in the same format, by inverse squared distance in log2 of the sizes."""
@@ -421,6 +452,11 @@ class OperationCosts:
         if not len(rows):
             return _roofline_surface(light)
         return surface(_summed_over_kernels(rows, decode=decode), light)
+
+
+def _word_of(rows: Table, column: str) -> str:
+    """The word of the first row."""
+    return rows.words[column][int(rows.number(column)[0])]
 
 
 def _over(c: Curve, factor: float) -> Curve:

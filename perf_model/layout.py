@@ -34,6 +34,7 @@ from search_spaces.model import (
     MoeFeedForward,
 )
 
+WIDE_FROM = 8  # ranks up to which tokens go to all ranks, as on one node
 BF16_BYTES = 2.0
 SMALL_KERNEL_MS = 0.0132  # rotary embedding and cache write of a prefill: four launches of 3 us and a tenth more
 
@@ -296,7 +297,8 @@ def _gated(context: PlanContext, width: int, count: float, name: str) -> list[To
 
 def _mixture_block(context: PlanContext, block: MoeFeedForward, count: int, *, decode: bool) -> list[Operation]:
     layout = context.layout
-    before, after = _dispatch(context, count)
+    before, after = _dispatch(context, count, block.active)
+    phase = "generation" if decode else "context"
     routed: list[TokenOperation] = [
         Gemm(name="router", n=block.experts, k=context.hidden, count=count, format="bfloat16"),
         *before,
@@ -312,6 +314,7 @@ def _mixture_block(context: PlanContext, block: MoeFeedForward, count: int, *, d
             distribution=distribution(context.model),
             count=count,
             tokens_factor=layout.dp,
+            wide=phase if layout.tp == 1 and layout.ep == layout.dp > 1 else "",
         ),
         *after,
     ]
@@ -329,12 +332,18 @@ def distribution(model: ModelSpec) -> str:
     return "power_law_1.01" if balanced else "power_law_1.2"
 
 
-def _dispatch(context: PlanContext, count: int) -> tuple[list[TokenOperation], list[TokenOperation]]:
-    """Communication before and after the experts, the reduction after attention included."""
+def _dispatch(context: PlanContext, count: int, active: int) -> tuple[list[TokenOperation], list[TokenOperation]]:
+    """Communication before and after the experts, the reduction after attention included.
+
+    Over more ranks than a token has experts it is sent to those that it needs, else to all.
+    """
     layout = context.layout
     if layout.dp == 1:
         reduce = [op for op in _all_reduce(context, "all-reduce", count) if isinstance(op, Communication)]
         return list(reduce), list(reduce)
+    if layout.tp == 1 and layout.ep == layout.dp > max(active, WIDE_FROM):
+        copies = _exchange(context, Collective.ALL_TO_ALL, layout.stage_ranks, count, active)
+        return [copies], [copies]
     gather = _exchange(context, Collective.ALL_GATHER, layout.stage_ranks, count, layout.dp)
     scatter = _exchange(context, Collective.REDUCE_SCATTER, layout.stage_ranks, count, layout.dp)
     if layout.tp == 1:

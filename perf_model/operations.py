@@ -73,7 +73,11 @@ class Hop:
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """Routed experts: tokens of all `tokens_factor` attention ranks, spread over `tp` x `ep` ranks."""
+    """Routed experts: tokens of all `tokens_factor` attention ranks, spread over `tp` x `ep` ranks.
+
+    `wide` is "generation" or "context" (the tables' words for decode and prefill) where all ranks have attention and
+    experts of their own, for which engines have other kernels; empty elsewhere.
+    """
 
     name: str
     hidden_size: int
@@ -86,6 +90,7 @@ class Experts:
     distribution: str
     count: float
     tokens_factor: float = 1.0
+    wide: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,19 +7,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from perf_model.batch import step_batch
 from perf_model.costs import LAUNCH_MARGIN, OperationCosts
 from perf_model.curves import Origin
 from perf_model.layout import PlanContext, ReplicaLayout, plan
-from perf_model.operations import Collective, Communication, Concurrent, Gemm, Hop, MemoryMove, SelfAttention
+from perf_model.operations import (
+    Collective,
+    Communication,
+    Concurrent,
+    Experts,
+    Gemm,
+    Hop,
+    MemoryMove,
+    SelfAttention,
+)
 from perf_model.precision import Precision
 from perf_model.steps import TableSteps
 from perf_model.systems import read_system
 from perf_model.tables import TableStore
 from search_spaces.errors import InvalidValueError
-from search_spaces.model import Attention, DenseFeedForward, LayerGroup, ModelSpec
-from tests.perf_model.conftest import gemm_ms, gemm_rows, write
+from search_spaces.model import Attention, DenseFeedForward, LayerGroup, ModelSpec, MoeFeedForward
+from tests.perf_model.conftest import SYSTEM, gemm_ms, gemm_rows, write
 
 MODEL = ModelSpec(
     name="small",
@@ -185,3 +195,71 @@ def test_layouts_that_do_not_divide_the_model_are_refused(tables: Path) -> None:
         steps(tables, ReplicaLayout(tp=3))
     with pytest.raises(InvalidValueError, match="ep=3"):
         ReplicaLayout(tp=2, ep=3)
+
+
+EXPERTS = Experts(
+    name="experts",
+    hidden_size=512,
+    intermediate_size=256,
+    active=4,
+    experts=64,
+    tp=1,
+    ep=16,
+    format="fp8_block",
+    distribution="power_law_1.2",
+    count=1,
+    tokens_factor=16,
+)
+
+
+def expert_rows(latency_ms: float, distribution: str = "power_law_1.2") -> list[dict[str, object]]:
+    shape = {
+        "moe_dtype": "fp8_block",
+        "hidden_size": 512,
+        "inter_size": 256,
+        "topk": 4,
+        "num_experts": 64,
+        "moe_tp_size": 1,
+        "moe_ep_size": 16,
+        "distribution": distribution,
+    }
+    return [shape | {"num_tokens": tokens, "latency": latency_ms * tokens} for tokens in (16, 1024)]
+
+
+def expert_tables(tmp_path: Path) -> Path:
+    """Experts of two engines; those of wide expert parallelism take half as long, and balanced a quarter."""
+    root = tmp_path / "systems"
+    (root / "data").mkdir(parents=True)
+    (root / "test_sxm.yaml").write_text(yaml.safe_dump(SYSTEM), encoding="utf-8")
+    for engine, wide in (("sglang", "wideep_generation_moe_perf"), ("trtllm", "wideep_moe_perf")):
+        write(root, f"moe/{engine}/1.0/moe_perf.parquet", expert_rows(4e-3))
+        write(root, f"moe/{engine}/1.0/{wide}.parquet", expert_rows(2e-3) + expert_rows(1e-3, "power_law_1.2_eplb"))
+    return root
+
+
+def test_experts_of_their_own_on_every_rank_take_the_kernels_for_that(tmp_path: Path) -> None:
+    root = expert_tables(tmp_path)
+    tokens = np.array([4.0])  # of a rank: 64 of all
+    plain, wide = EXPERTS, replace(EXPERTS, wide="generation")
+    assert costs(root, "sglang").token_curve(plain)(tokens)[0] == pytest.approx(64 * 4e-3)
+    assert costs(root, "sglang").token_curve(wide)(tokens)[0] == pytest.approx(64 * 1e-3)  # 16 ranks are balanced
+    assert costs(root, "trtllm").token_curve(wide)(tokens)[0] == pytest.approx(64 * 1e-3)
+    assert costs(root, "sglang", repair=False).token_curve(wide)(tokens)[0] == pytest.approx(64 * 4e-3)
+    context = replace(EXPERTS, wide="context")  # which only TensorRT-LLM's table holds here
+    assert costs(root, "sglang").token_curve(context)(tokens)[0] == pytest.approx(64 * 4e-3)
+    other = replace(wide, ep=8)  # the nearest: twice the experts and tokens on a rank
+    assert costs(root, "trtllm").token_curve(other)(tokens)[0] == pytest.approx(2 * 64 * 2e-3, rel=0.01)
+
+
+def test_tokens_go_to_all_ranks_only_while_these_are_few() -> None:
+    """Over 16 ranks a token is sent to the 4 of its experts, over 8 to all."""
+    block = MoeFeedForward(experts=64, active=4, intermediate_size=256)
+    model = replace(MODEL, layers=(replace(MODEL.layers[0], feed_forward=block),))
+
+    def kinds(ranks: int) -> set[tuple[Collective, float]]:
+        layout = ReplicaLayout(dp=ranks, ep=ranks)
+        context = PlanContext(model=model, layout=layout, precision=Precision(), engine="sglang", gpus_per_node=72)
+        return {(op.kind, op.tokens_factor) for op in plan(context).decode if isinstance(op, Communication)}
+
+    assert kinds(8) == {(Collective.ALL_GATHER, 8.0), (Collective.REDUCE_SCATTER, 8.0)}
+    assert kinds(16) == {(Collective.ALL_TO_ALL, 4.0)}

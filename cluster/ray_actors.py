@@ -29,10 +29,11 @@ from cluster.engines.base import (
     RouterSpec,
 )
 from cluster.engines.child_process import API_KEY_VARIABLE
+from cluster.engines.log_signs import telling_line
 from cluster.launched import launched
 from cluster.memory_kills import KillCount, kill_count, killed_for_memory
 from cluster.node_facts import NodeFacts, cpu_model, gpu_models, machine_id, usable_cores
-from cluster.processes import ManagedProcess, Tags, end_of_log, free_port, wait_until_answers
+from cluster.processes import ManagedProcess, Tags, end_of_log, free_port, log_tail, wait_until_answers
 from search_spaces.errors import InvalidValueError
 from search_spaces.model import ModelSpec
 from search_spaces.outcome import Failure, FailureReason, LaunchedProcess
@@ -40,6 +41,8 @@ from search_spaces.serving import Pool
 from search_spaces.workload import Workload
 
 PORT_TRIES = 3
+READ_LINES, READ_BYTES = 400, 131_072
+"""How much of a dead process's log is read for the cause; what is kept is less."""
 MEMORY_LIMIT_S = 60.0
 """How long a replica waits for the memory of its devices to be free, within the limit of its start."""
 MARKER = ".coordinator"
@@ -286,8 +289,11 @@ class ProcessActor:
         code, tail = process.exit_code(), process.tail()
         when = "under load" if ready else "before it served"
         how = f"was ended by signal {-code}" if code is not None and code < 0 else f"exited with code {code}"
-        reason, by = self._reason(backend, code, tail, ready=ready)
-        return Failure(reason=reason, detail=f"{process.log.stem} {how} {when}{by}", log_tail=tail)
+        said = log_tail(process.log, READ_LINES, READ_BYTES)
+        reason, by = self._reason(backend, code, said, ready=ready)
+        cause = telling_line(said)  # engines of several processes say much after the cause
+        why = "" if cause is None or cause in tail else f": {cause.strip()}"
+        return Failure(reason=reason, detail=f"{process.log.stem} {how} {when}{by}{why}", log_tail=tail)
 
     def _reason(self, backend: EngineBackend, code: int | None, tail: str, *, ready: bool) -> tuple[FailureReason, str]:
         """Class of an end and, for one by signal 9, who sent that as far as the kernel tells."""

@@ -19,8 +19,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster import deployment as life
+from cluster.cache_reset import CacheReset
 from cluster.cores import CoreLedger
-from cluster.engines.base import EngineBackend, NeedsSharedFolder, ReplicaPart, RouterSpec
+from cluster.engines.base import EngineBackend, NeedsSharedFolder, ReplicaPart, ResetsCaches, RouterSpec
 from cluster.load.driver import LoadRun
 from cluster.load.measure import TIMINGS_ARTIFACT, LoadMeasurement
 from cluster.node_facts import NodeFacts
@@ -28,7 +29,7 @@ from cluster.placement import Bundle, BundleKind, Placement
 from cluster.processes import ProcessId, Tags
 from cluster.ray_actors import MARKER, Account, Job, ProcessActor, ReplicaJob, RouterJob, Seat, Serving
 from cluster.ray_calls import Calls
-from cluster.ray_load import LoadActor, LoadReply
+from cluster.ray_load import LoadActor, LoadJob, LoadReply
 from cluster.ray_nodes import NodeWatch
 from cluster.ray_session import RayCluster
 from cluster.records import engine_facts, environment, keep_logs, price_per_hour
@@ -401,15 +402,31 @@ class RayDeployment:
             api_key=self._site.api_key,
         )
         client = self._placement.client.name
-        reference = self._actors[client].measure.remote(
-            run,
+        job = LoadJob(
+            run=run,
             slos=problem.slos,
             devices=self.config.devices,
             price_per_hour=price_per_hour(self.config, problem),
             cores=self._seats[client].cores,
             router_url=None if router is None else url,
+            resets=self._resets(),
+            first_rate=request.first_rate,
         )
+        reference = self._actors[client].measure.remote(job)
         self._calls.add(reference, partial(self._measured, request.trial), partial(self._gone, client))
+
+    def _resets(self) -> tuple[CacheReset, ...]:
+        """What makes every replica forget earlier prompts."""
+        backend = self._backend
+        if not isinstance(backend, ResetsCaches):
+            return ()
+        pools = {pool.role: pool for pool in self.config.pools}
+        return tuple(
+            CacheReset(url=self._serving[bundle.name].url + call.path, method=call.method)
+            for bundle in self._placement.leaders
+            if bundle.role is not None
+            for call in backend.reset_calls(pools[bundle.role])
+        )
 
     def _measured(self, trial: str, reply: LoadReply) -> None:
         artifacts = _keep_files(reply, self._requests[trial].artifact_dir)
@@ -442,6 +459,7 @@ class RayDeployment:
             timings_s={"warm_up": outcome.warm_up_s, "measure": outcome.measure_s},
             artifacts=artifacts,
             emulated=self._backend.emulated,
+            probes=outcome.probes,
             processes=tuple(self._serving[b.name].launched for b in self._placement.bundles if b.name in self._serving),
         )
 

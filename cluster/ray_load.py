@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from cluster.cache_reset import CacheReset, reset_caches
 from cluster.hand_over import not_handed_over, tokens_handed_over
 from cluster.load.driver import LoadRun
 from cluster.load.measure import LoadMeasurement, LoadOutcome, measure
+from cluster.load.rate_search import RateRun, search_rate
 from cluster.node_facts import NodeFacts
 from cluster.ray_actors import node_facts
 from search_spaces.problem import Slo
@@ -40,6 +42,23 @@ class LoadReply:
     kv_tokens: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadJob:
+    """A load to put on, on `cores`, and what its figures are per: `devices` and their price.
+
+    `resets` are carried out before each run. `first_rate` is the rate at which a search for the highest one begins.
+    """
+
+    run: LoadRun
+    slos: tuple[Slo, ...]
+    devices: int
+    price_per_hour: float
+    cores: tuple[int, ...] = ()
+    router_url: str | None = None
+    resets: tuple[CacheReset, ...] = ()
+    first_rate: float | None = None
+
+
 class LoadActor:
     """The load generator of a deployment, on cores of its own."""
 
@@ -47,31 +66,42 @@ class LoadActor:
         """The node of this actor, and whether it sees the coordinator's `folder`."""
         return node_facts(folder)
 
-    def measure(
-        self,
-        run: LoadRun,
-        *,
-        slos: Sequence[Slo],
-        devices: int,
-        price_per_hour: float,
-        cores: Sequence[int],
-        router_url: str | None,
-    ) -> LoadReply:
-        """Put the load on, pinned to `cores`."""
-        pin_all_threads(cores)
+    def measure(self, job: LoadJob) -> LoadReply:
+        """Put the load on, pinned to the cores of `job`, after the engines have forgotten earlier prompts."""
+        pin_all_threads(job.cores)
+        run, router_url = job.run, job.router_url
         began_ns = time.time_ns()
+        unready = reset_caches(job.resets, run.api_key)
+        if unready is not None:
+            return LoadReply(outcome=unready)
         before = None if router_url is None else router_stats(router_url, since_ns=began_ns, api_key=run.api_key)
         with tempfile.TemporaryDirectory(prefix="tuner-load-") as folder:
             path = Path(folder) / run.timings_path.name
-            outcome = measure(
-                replace(run, timings_path=path), slos=slos, devices=devices, price_per_hour=price_per_hour
-            )
+            outcome = _measured(job, replace(run, timings_path=path))
             timings = path.read_bytes() if path.exists() else b""
         stats = None if router_url is None else router_stats(router_url, since_ns=began_ns, api_key=run.api_key)
         moved = tokens_handed_over(before, stats)
         if moved == 0 and isinstance(outcome, LoadMeasurement):
             outcome = not_handed_over()
         return LoadReply(outcome=outcome, router_stats=stats, timings=timings, kv_tokens=moved)
+
+
+def _measured(job: LoadJob, run: LoadRun) -> LoadOutcome:
+    """The measurement of `run`, or the search for the highest rate that its workload asks for."""
+    search = run.workload.rate_search
+    if search is None:
+        return measure(run, slos=job.slos, devices=job.devices, price_per_hour=job.price_per_hour)
+    return search_rate(
+        RateRun(
+            run=run,
+            search=search,
+            slos=job.slos,
+            devices=job.devices,
+            price_per_hour=job.price_per_hour,
+            first=job.first_rate,
+            prepare=lambda: reset_caches(job.resets, run.api_key),
+        )
+    )
 
 
 def pin_all_threads(cores: Sequence[int]) -> None:

@@ -14,7 +14,10 @@ from search_spaces.serving import Candidate, ServingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRequest:
-    """One candidate to measure. `trial` names it in tags, logs and leases; `artifact_dir` receives its files."""
+    """One candidate to measure. `trial` names it in tags, logs and leases; `artifact_dir` receives its files.
+
+    `first_rate` is where a search for the highest rate begins, None for the middle (see `Workload.rate_search`).
+    """
 
     trial: str
     candidate: Candidate
@@ -23,6 +26,7 @@ class TrialRequest:
     limits: TimeLimits
     artifact_dir: Path
     seed: int
+    first_rate: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from cluster.device_memory import DeviceMemory
-from cluster.engines.base import EngineBackend, LaunchCommand, ReplicaSpec, RouterSpec
+from cluster.engines.base import EngineBackend, HttpCall, LaunchCommand, ReplicaSpec, RouterSpec
 from cluster.engines.child_process import Exit
 from cluster.engines.emulated_faults import USAGE_ERROR
 from cluster.engines.emulated_memory import default_ledger, in_use
@@ -76,6 +76,10 @@ class EmulatedBackend:
         """The model as it is: no weights are loaded."""
         del directory
         return model
+
+    def reset_calls(self, pool: Pool) -> tuple[HttpCall, ...]:
+        """Blocks of earlier prompts are forgotten; without prefix caching there are none."""
+        return (HttpCall(path="/reset_prefix_cache"),) if _option(pool, "enable_prefix_caching") else ()
 
     def replica_command(self, replica: ReplicaSpec) -> LaunchCommand:
         """A process of the emulated engine; raises `InvalidValueError` where there is no profile for its role."""

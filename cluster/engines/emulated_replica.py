@@ -178,6 +178,10 @@ class Replica:
             case ("GET", "/v1/models"):
                 model = {"id": self._spec.model_name, "object": "model", "owned_by": "emulated"}
                 reply.send_json(200, {"object": "list", "data": [model]})
+            case ("POST", "/reset_prefix_cache"):
+                for rank in self._ranks:
+                    rank.forget_prefixes()
+                reply.send_json(200, {"reset": True})
             case ("POST", path) if path.startswith("/slots/"):
                 await self._act_on_slot(request, reply)
             case _:

@@ -249,6 +249,10 @@ class Scheduler:
             tokens += BLOCK_TOKENS
         return tokens
 
+    def forget_prefixes(self) -> None:
+        """Reuse nothing of earlier prompts."""
+        self._prefixes.clear()
+
     def _remember(self, sequence: Sequence) -> None:
         if not self.limits.reuses_prefixes:
             return

@@ -8,7 +8,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from cluster.engines.base import LaunchCommand, ReplicaSpec, RouterSpec
+from cluster.engines.base import HttpCall, LaunchCommand, ReplicaSpec, RouterSpec
 from cluster.engines.child_process import Exit
 from cluster.engines.gguf_header import check_is_gguf
 from cluster.engines.gguf_model import write_model
@@ -83,6 +83,10 @@ class LlamaCppBackend:
             "slot_dir": str(router.shared_dir),
         }
         return LaunchCommand(argv=(sys.executable, "-m", "cluster.router", "--spec", json.dumps(spec)))
+
+    def reset_calls(self, pool: Pool) -> tuple[HttpCall, ...]:
+        """Every slot that the router uses forgets its last prompt; no others are kept (`cache_ram_mib` is 0)."""
+        return tuple(HttpCall(path=f"/slots/{slot}?action=erase") for slot in range(_slots(pool)))
 
     def classify(self, exit_code: int | None, log_tail: str, *, ready: bool) -> FailureReason:
         """Class of a failure; SIGKILL from outside is taken for the kernel's answer to exhausted memory."""

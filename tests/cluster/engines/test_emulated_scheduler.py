@@ -117,6 +117,16 @@ def test_a_prompt_that_is_wholly_known_still_computes_its_last_block() -> None:
     assert asked.reused == BLOCK_TOKENS
 
 
+def test_blocks_that_were_forgotten_are_computed_anew() -> None:
+    rank = scheduler(reuses_prefixes=True, step_tokens=1000)
+    for _ in range(2):
+        asked = sequence(40, wanted=1)
+        rank.add(asked)
+        run(rank)
+        rank.forget_prefixes()
+    assert asked.reused == 0
+
+
 def test_blocks_are_not_used_again_unless_that_is_asked_for() -> None:
     rank = scheduler(step_tokens=1000)
     for _ in range(2):

@@ -1,0 +1,596 @@
+"""A study of 2,000 trials on 1,000 accelerators: what the coordinator costs, and whether it keeps the nodes busy.
+
+    python benchmarks/scale.py [--trials 2000] [--nodes 125] [--parallel 72] [--speed-up 3] [--seed 0] [--json]
+
+What is real: the study file, its space and rules, the performance model and what it learns, the screen and NSGA-II, the
+SQLite storage with its lease, the loop of `tuner study run` (this process calls the same `run_study`), the placement
+planned by `cluster.placement`, and a placement group of Ray for every trial, made and removed while the others run.
+
+What is not: there is one Ray node, which declares the accelerators of each of the 125 nodes as a resource of its own
+(`gpus_of_a100-017: 8`); every bundle names the node that it wants, so Ray refuses to give an accelerator twice. No
+engine is started: its start-up and its measurement take seconds by formula, shortened by `--speed-up`, and the figures
+are those of the uncorrected model times a random factor of each configuration and of each run. Seconds of the
+coordinator are never shortened. EMULATED: no figure says anything of a GPU.
+
+Printed, by the number of trials that were told before: the seconds that a trial costs beside its start-up and its
+measurement (proposing it, its placement group, noticing that it has ended, storing it, learning from it), and the
+memory of the coordinator. Then: how busy the accelerators were while there were proposals left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")  # before numpy: the two cores that the project's targets speak of
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import psutil
+
+from cluster.placement import BundleKind, Placement, plan_placement
+from cluster.runner import Running, TrialHandle, TrialRequest
+from perf_model.predictor import Predictor
+from search_spaces.hardware import Device, DeviceKind, NodePool
+from search_spaces.metrics import LATENCIES, STATISTICS, Percentiles, ServingMetrics
+from search_spaces.outcome import Failure, FailureReason, Measurement, Outcome, Prediction
+from search_spaces.problem import Problem
+from search_spaces.serving import Candidate, ServingConfig
+from studies.history import StudyHistory
+from studies.records import Proposal, TrialRecord, TrialStatus
+from studies.storage import open_storage
+from tuner.observer import Snapshot
+from tuner.places import Place, find_place
+from tuner.session import run_study
+from tuner.study_file import parse_study
+from tuner.study_schema import StudyFile
+from tuner.wiring import uncalibrated
+
+GPU_TYPES = ("a100", "h100", "h200")
+PRICES = dict(zip(GPU_TYPES, (12.0, 24.0, 32.0), strict=True))
+GPUS_PER_NODE = 8
+STEPS = 10
+"""Rows of the table: the trials in so many parts."""
+START_S, LEAST_MEASURE_S, MOST_MEASURE_S = 60.0, 30.0, 180.0
+"""Seconds, before the speed-up: the median start of an engine, and the bounds of a measurement."""
+CONFIG_SPREAD, RUN_SPREAD = 0.2, 0.03
+"""Standard deviations of the logarithm of what a measurement differs from the model by."""
+LOST_SHARE = 0.01
+"""Share of the trials whose node is lost, and that are repeated."""
+STUDY = """
+name: scale
+model: {{name: Llama-3.1-70B}}
+workload: {{isl: {{mean: 1024, spread: 0.25}}, osl: {{mean: 128, spread: 0.25}}, concurrency: [4, 16, 64, 256]}}
+slos: {{ttft_p99_ms: 4000}}
+objectives: [output_tokens_per_dollar, ttft_p50_ms, tpot_p50_ms]
+node_pools:
+{pools}
+engines:
+  emulated: {{max_num_seqs: [16, 64, 256], max_num_batched_tokens: [1024, 2048, 8192], enable_chunked_prefill: true,
+    enable_prefix_caching: [true, false], kv_cache_dtype: auto, gpu_memory_utilization: 0.9}}
+space: {{modes: [aggregated, disaggregated], replicas: [1, 2, 3, 4], tp: [2, 4, 8], pp: [1, 2]}}
+budget: {{trials: {trials}, parallel_trials: {parallel}, confirm: 1, control_every: 0}}
+seed: {seed}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is run."""
+
+    trials: int
+    nodes: int
+    parallel: int
+    speed_up: float
+    seed: int
+
+
+def study_text(plan: Plan) -> str:
+    """The study file: the nodes shared out evenly over the GPU types."""
+    pools = [
+        f"  {gpu}: {{device: {gpu}_sxm, nodes: {len(range(first, plan.nodes, len(GPU_TYPES)))}, "
+        f"gpus_per_node: {GPUS_PER_NODE}, price_per_hour: {PRICES[gpu]}, labels: {{gpu: {gpu}}}}}"
+        for first, gpu in enumerate(GPU_TYPES)
+    ]
+    return STUDY.format(trials=plan.trials, parallel=plan.parallel, seed=plan.seed, pools="\n".join(pools))
+
+
+# ---------------------------------------------------------------------------------------------------------- the nodes
+
+
+@dataclass
+class Ledger:
+    """Accelerators that are free on each emulated node, by the name of its resource."""
+
+    free: dict[str, int]
+
+    @classmethod
+    def of(cls, pools: Sequence[NodePool]) -> Ledger:
+        """All nodes of `pools`, idle."""
+        return cls({_resource(pool.name, n): pool.devices_per_node for pool in pools for n in range(pool.nodes)})
+
+    def take(self, placement: Placement) -> dict[str, int] | None:
+        """Accelerators for every replica, each bundle on the fullest node that has room; None where one finds none."""
+        room, taken = dict(self.free), {}
+        for bundle in sorted(placement.replicas, key=lambda b: -b.gpus):
+            nodes = [name for name, free in room.items() if free >= bundle.gpus and name.startswith(_of(bundle))]
+            if not nodes:
+                return None
+            chosen = min(nodes, key=room.__getitem__)
+            room[chosen] -= bundle.gpus
+            taken[chosen] = taken.get(chosen, 0) + bundle.gpus
+        self.free = room
+        return taken
+
+    def give_back(self, taken: Mapping[str, int]) -> None:
+        """Free what `take` took."""
+        for name, gpus in taken.items():
+            self.free[name] += gpus
+
+
+def _resource(pool: str, node: int) -> str:
+    return f"gpus_of_{pool}-{node:03d}"
+
+
+def _of(bundle: Any) -> str:
+    return f"gpus_of_{bundle.node_pool}-"
+
+
+@contextmanager
+def one_ray_node(pools: Sequence[NodePool]) -> Iterator[None]:
+    """Ray on this machine, with a resource for the accelerators of every emulated node."""
+    import ray
+
+    resources = {_resource(pool.name, n): float(pool.devices_per_node) for pool in pools for n in range(pool.nodes)}
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=sum(pool.devices for pool in pools) * 2,  # no process uses them: bundles ask for them as they would
+        resources=resources,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+# --------------------------------------------------------------------------------------------------------- the engines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """What an engine would show: the uncorrected model, times a factor of its configuration and one of the run."""
+
+    model: Predictor
+    problem: Problem
+    requests: int
+    seed: int
+
+    def outcome(self, request: TrialRequest) -> Outcome:
+        """The outcome of a trial; the same whenever it is asked for."""
+        rng = random.Random(f"{self.seed}:{request.trial}")
+        if rng.random() < LOST_SHARE:
+            return Failure(reason=FailureReason.LOST_NODE, detail="emulated: the node left the cluster")
+        (prediction,) = self.model.predict([request.candidate])
+        if prediction.infeasible is not None:
+            return Failure(reason=FailureReason.OUT_OF_MEMORY_AT_BOOT, detail=f"emulated: {prediction.infeasible}")
+        by_config = random.Random(f"{self.seed}:{request.candidate.config.key}")
+        factor = math.exp(by_config.gauss(0.0, CONFIG_SPREAD) + rng.gauss(0.0, RUN_SPREAD))
+        return self._measurement(prediction, request.candidate, factor)
+
+    def _measurement(self, prediction: Prediction, candidate: Candidate, slower: float) -> Measurement:
+        said = prediction.metrics
+        rate = said["requests_per_s"] / slower
+        metrics = ServingMetrics(
+            **{f"{latency}_ms": _percentiles(said, latency, slower) for latency in LATENCIES},
+            output_tokens_per_s=said["output_tokens_per_s"] / slower,
+            input_tokens_per_s=said["input_tokens_per_s"] / slower,
+            requests_per_s=rate,
+            goodput_rps=said["goodput_rps"] / slower,
+            requests=self.requests,
+            errors=0,
+            duration_s=self.requests / rate,
+            devices=candidate.config.devices,
+            price_per_hour=said["price_per_hour"],
+        )
+        timings = {"start": self.start_s(candidate.config), "measure": self.measure_s(metrics.duration_s)}
+        return Measurement(metrics=metrics, client_lateness_ms=0.0, timings_s=timings, emulated=True)
+
+    def start_s(self, config: ServingConfig) -> float:
+        """Seconds until the replicas are ready."""
+        return START_S * math.exp(random.Random(f"start:{config.key}").gauss(0.0, 0.3))
+
+    def measure_s(self, duration_s: float) -> float:
+        """Seconds of warm-up and measurement."""
+        return min(MOST_MEASURE_S, max(LEAST_MEASURE_S, 1.2 * duration_s))
+
+
+def _percentiles(said: Mapping[str, float], latency: str, slower: float) -> Percentiles:
+    return Percentiles(**{name: said[f"{latency}_{name}_ms"] * slower for name in STATISTICS})
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """A trial in flight; times are those of the wall clock, `ready_s` once Ray has its placement group."""
+
+    request: TrialRequest
+    outcome: Outcome
+    seconds: float
+    began_s: float
+    taken: dict[str, int] = field(default_factory=dict)
+    group: Any = None
+    fits_s: float | None = None
+    ready_s: float | None = None
+
+    @property
+    def phase(self) -> str:
+        """As `cluster.runner.Running` has it."""
+        return "placement" if self.ready_s is None else "measure"
+
+    @property
+    def ends_s(self) -> float:
+        """When its start-up and its measurement are over."""
+        return math.inf if self.ready_s is None else self.ready_s + self.seconds
+
+
+class EmulatedRunner:
+    """See `cluster.runner.TrialRunner`: real placement groups, engines by formula."""
+
+    def __init__(self, truth: Truth, pools: Sequence[NodePool], plan: Plan, meter: Meter) -> None:
+        self._truth, self._plan, self._meter = truth, plan, meter
+        self._ledger = Ledger.of(pools)
+        self._trials: dict[str, Trial] = {}
+
+    def start(self, request: TrialRequest) -> TrialHandle:
+        """Queue the trial; it begins when its accelerators are free."""
+        self._meter.asked()
+        outcome = self._truth.outcome(request)
+        seconds = sum(outcome.timings_s.values()) or self._truth.start_s(request.candidate.config)
+        trial = Trial(request=request, outcome=outcome, seconds=seconds / self._plan.speed_up, began_s=time.monotonic())
+        self._trials[request.trial] = trial
+        self._place(trial)
+        return TrialHandle(trial=request.trial, config_key=request.candidate.config.key)
+
+    def _place(self, trial: Trial) -> None:
+        from ray.util import placement_group
+
+        placement = plan_placement(trial.request.candidate.config, trial.request.problem)
+        taken = self._ledger.take(placement)
+        if taken is None:
+            return
+        trial.taken, trial.fits_s = taken, time.monotonic()
+        bundles = [{name: float(gpus), "CPU": float(gpus)} for name, gpus in taken.items()]
+        bundles += [b.resources for b in placement.bundles if b.kind is not BundleKind.REPLICA]
+        trial.group = placement_group(bundles, strategy="PACK")
+
+    def poll(self, handle: TrialHandle) -> Running | Outcome:
+        """The outcome once its time is over; devices go to those that wait."""
+        trial = self._trials[handle.trial]
+        now_s = time.monotonic()
+        if trial.group is not None and trial.ready_s is None and trial.group.wait(0):
+            trial.ready_s = time.monotonic()
+        if now_s < trial.ends_s:
+            return Running(phase=trial.phase, elapsed_s=now_s - trial.began_s)
+        self._remove(handle.trial)
+        self._meter.over(trial)
+        for waiting in self._trials.values():
+            if waiting.group is None:
+                self._place(waiting)
+        return trial.outcome
+
+    def _remove(self, name: str) -> None:
+        from ray.util import remove_placement_group
+
+        trial = self._trials.pop(name)
+        if trial.group is not None:
+            remove_placement_group(trial.group)
+            self._ledger.give_back(trial.taken)
+
+    def stop(self, handle: TrialHandle) -> None:
+        """Forget the trial."""
+        if handle.trial in self._trials:
+            self._remove(handle.trial)
+
+    def warm(self) -> tuple[ServingConfig, ...]:
+        """Nothing stays up: every trial pays its start."""
+        self._meter.asks()
+        return ()
+
+    def release(self) -> None:
+        """There is nothing to release."""
+
+    def close(self) -> None:
+        """Remove what is left."""
+        for name in tuple(self._trials):
+            self._remove(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmulatedNodes:
+    """See `tuner.access.Cluster`."""
+
+    emulated: EmulatedRunner
+    trials_at_once: int
+
+    def measure(self, pool: NodePool) -> Device:
+        """There are no CPU pools."""
+        raise AssertionError(f"pool {pool.name} is of {DeviceKind.GPU}s: nothing is to be measured")
+
+    def runner(self, _study: str) -> EmulatedRunner:
+        """The runner."""
+        return self.emulated
+
+
+# ------------------------------------------------------------------------------------------------------------ the meter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Seconds that one trial cost beside its start-up and its measurement.
+
+    `ask_s` from before it was proposed to when it was handed to the runner, `begin_s` until the loop went on,
+    `place_s` from free devices to a placement group, `notice_s` from its end to the poll that saw it, `tell_s` for
+    storing it, `learn_s` its share of what was learned after.
+    """
+
+    ask_s: float
+    begin_s: float
+    place_s: float
+    notice_s: float
+    tell_s: float
+    learn_s: float
+
+    @property
+    def total_s(self) -> float:
+        """The sum."""
+        return sum(asdict(self).values())
+
+
+class Meter:
+    """Looks at the clock whenever the loop calls the runner or the observer; an observer and more."""
+
+    def __init__(self, say: TextIO) -> None:
+        self.costs: list[Cost] = []
+        self.rss_bytes: list[int] = []
+        self.devices: list[tuple[float, int]] = []
+        self.notes: list[str] = []
+        self._process = psutil.Process()
+        self._say = say
+        self._asks_s = self._asked_s = 0.0
+        self._ask: dict[int, tuple[float, float]] = {}
+        self._over: list[tuple[float, Trial]] = []
+        self._open: list[Cost] = []
+        self._ended_s = 0.0
+
+    def asks(self) -> None:
+        """The loop is about to ask for a proposal."""
+        self._asks_s = time.monotonic()
+
+    def asked(self) -> None:
+        """The loop has a proposal, and hands it over."""
+        self._asked_s = time.monotonic()
+
+    def over(self, trial: Trial) -> None:
+        """The runner gives out the outcome of `trial`."""
+        self._over.append((time.monotonic(), trial))
+
+    def note(self, text: str) -> None:
+        """As `tuner.observer.Observer`."""
+        self.notes.append(text)
+
+    def begun(self, proposal: Proposal) -> None:
+        """As `tuner.observer.Observer`."""
+        self._ask[proposal.trial_number] = (self._asked_s - self._asks_s, time.monotonic() - self._asked_s)
+
+    def ended(self, record: TrialRecord, _problem: Problem) -> None:
+        """As `tuner.observer.Observer`."""
+        self._ended_s = time.monotonic()
+        seen_s, trial = self._over.pop(0)
+        ask_s, begin_s = self._ask.pop(record.number)
+        cost = Cost(
+            ask_s=ask_s,
+            begin_s=begin_s,
+            place_s=(trial.ready_s or 0.0) - (trial.fits_s or 0.0),
+            notice_s=seen_s - trial.ends_s,
+            tell_s=self._ended_s - seen_s,
+            learn_s=0.0,
+        )
+        self._open.append(cost)
+
+    def now(self, snapshot: Snapshot) -> None:
+        """As `tuner.observer.Observer`: called once in a turn of the loop, after what was learned."""
+        learn_s = (time.monotonic() - self._ended_s) / max(1, len(self._open))
+        for cost in self._open:
+            self.costs.append(Cost(**{**asdict(cost), "learn_s": learn_s}))
+            self.rss_bytes.append(self._process.memory_info().rss)
+            if len(self.costs) % 50 == 0:
+                self._report(snapshot)
+        self._open = []
+
+    def _report(self, snapshot: Snapshot) -> None:
+        parts = dict.fromkeys(asdict(self.costs[-1]), 0.0)
+        for cost in self.costs[-50:]:
+            for key, value in asdict(cost).items():
+                parts[key] += value / 50
+        said = ", ".join(f"{key.removesuffix('_s')} {1000 * value:.0f}" for key, value in parts.items())
+        rss = self.rss_bytes[-1] / 2**20
+        print(
+            f"{len(self.costs)} told, {len(snapshot.trying)} in flight, {rss:.0f} MiB; mean ms of the last 50: {said}",
+            file=self._say,
+            flush=True,
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- the answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Medians over the trials that were told from number `first` to `last`; memory at the end of them."""
+
+    first: int
+    last: int
+    overhead_s: float
+    p95_s: float
+    ask_s: float
+    tell_s: float
+    learn_s: float
+    notice_s: float
+    rss_mib: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What was measured; `busy` is the share of all accelerators that held a trial while proposals remained."""
+
+    plan: Plan
+    wall_s: float
+    finished: int
+    lost: int
+    rows: tuple[Row, ...]
+    overhead_median_s: float
+    overhead_mean_s: float
+    growth: float
+    rss_growth_mib_per_1000: float
+    busy: str
+
+    @property
+    def passed(self) -> bool:
+        """True where every trial was finished, and the overhead is below its limit."""
+        return self.finished == self.plan.trials and self.overhead_median_s < 0.5
+
+
+def rows_of(meter: Meter) -> tuple[Row, ...]:
+    """The costs in `STEPS` parts."""
+    size = max(1, len(meter.costs) // STEPS)
+    rows = []
+    for first in range(0, len(meter.costs) - size + 1, size):
+        part = meter.costs[first : first + size]
+        totals = sorted(cost.total_s for cost in part)
+
+        def middle(name: str, part: list[Cost] = part) -> float:
+            return statistics.median(getattr(cost, name) for cost in part)
+
+        rows.append(
+            Row(
+                first=first,
+                last=first + size - 1,
+                overhead_s=statistics.median(totals),
+                p95_s=totals[int(0.95 * (len(totals) - 1))],
+                ask_s=middle("ask_s"),
+                tell_s=middle("tell_s"),
+                learn_s=middle("learn_s"),
+                notice_s=middle("notice_s"),
+                rss_mib=meter.rss_bytes[first + size - 1] / 2**20,
+            )
+        )
+    return tuple(rows)
+
+
+def measure(plan: Plan, folder: Path, say: TextIO) -> Answer:
+    """Run the study and judge it."""
+    meter = Meter(say)
+    file: StudyFile = parse_study(study_text(plan), name="scale")
+    place = find_place(f"sqlite:///{folder / 'studies.db'}")
+    began_s = time.monotonic()
+
+    @contextmanager
+    def reach(problem: Problem, _place: Place) -> Iterator[EmulatedNodes]:
+        with one_ray_node(problem.node_pools):
+            truth = Truth(
+                model=uncalibrated(problem, file), problem=problem, requests=file.measurement.requests, seed=plan.seed
+            )
+            runner = EmulatedRunner(truth, problem.node_pools, plan, meter)
+            yield EmulatedNodes(emulated=runner, trials_at_once=plan.parallel)
+
+    @contextmanager
+    def never() -> Iterator[Any]:
+        yield lambda: False
+
+    run_study(file, place, connect=reach, stop=never(), observer=meter)
+    return _answer(plan, meter, StudyHistory(open_storage(place.url), "scale"), time.monotonic() - began_s)
+
+
+def _answer(plan: Plan, meter: Meter, history: StudyHistory, wall_s: float) -> Answer:
+    rows = rows_of(meter)
+    trials = history.trials()
+    totals = [cost.total_s for cost in meter.costs]
+    return Answer(
+        plan=plan,
+        wall_s=wall_s,
+        finished=sum(trial.is_finished for trial in trials),
+        lost=sum(trial.status is TrialStatus.LOST for trial in trials),
+        rows=rows,
+        overhead_median_s=statistics.median(totals),
+        overhead_mean_s=statistics.fmean(totals),
+        growth=rows[-1].overhead_s / rows[0].overhead_s,
+        rss_growth_mib_per_1000=1000 * (rows[-1].rss_mib - rows[0].rss_mib) / (rows[-1].last - rows[0].last),
+        busy=next((note for note in meter.notes if "device-seconds" in note), "not told"),
+    )
+
+
+def print_table(answer: Answer, out: TextIO) -> None:
+    """The rows, then the totals."""
+    head = ("trials", "overhead", "p95", "ask", "tell", "learn", "notice", "memory")
+    print(("{:>12}" + "{:>10}" * 7).format(*head) + "   (median ms; MiB)", file=out)
+    for row in answer.rows:
+        seconds = (row.overhead_s, row.p95_s, row.ask_s, row.tell_s, row.learn_s, row.notice_s)
+        figures = "".join(f"{1000 * value:>10.0f}" for value in seconds)
+        print(f"{row.first:>6}-{row.last:<5}{figures}{row.rss_mib:>10.0f}", file=out)
+    print(f"{answer.finished} of {answer.plan.trials} trials finished, {answer.lost} lost and repeated", file=out)
+    print(
+        f"overhead of a trial: median {answer.overhead_median_s:.3f} s, mean {answer.overhead_mean_s:.3f} s", file=out
+    )
+    print(f"growth of the median from the first tenth to the last: x {answer.growth:.2f}", file=out)
+    print(f"memory grows by {answer.rss_growth_mib_per_1000:.0f} MiB per 1,000 trials", file=out)
+    print(f"{answer.busy}; wall time {answer.wall_s:.0f} s", file=out)
+    print("passed" if answer.passed else "FAILED", file=out)
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=2000)
+    parser.add_argument("--nodes", type=int, default=125)
+    parser.add_argument("--parallel", type=int, default=72, help="trials at once; more than fit, so that some wait")
+    parser.add_argument("--speed-up", type=float, default=3.0, help="of start-up and measurement")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="folder for the storage; a temporary one by default")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Parse, run, print; 0 where everything held."""
+    options = parse_options()
+    plan = Plan(**{key: getattr(options, key) for key in ("trials", "nodes", "parallel", "speed_up", "seed")})
+    folder = (options.keep or Path(tempfile.mkdtemp(prefix="scale-"))).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        answer = measure(plan, folder, sys.stderr)
+    finally:
+        if options.keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    if options.json:
+        print(json.dumps(asdict(answer), indent=1))
+    else:
+        print_table(answer, sys.stdout)
+    return 0 if answer.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

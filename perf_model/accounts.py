@@ -78,7 +78,7 @@ class _Origins(Protocol):
 
 def account(predictor: ServingPredictor, problem: Problem, candidate: Candidate) -> Account:
     """Account for a feasible `candidate` of `problem`; raises as `ServingPredictor.predict`."""
-    groups = predictor.of(candidate)
+    groups, candidate = predictor.of(candidate), predictor.seen(candidate)
     answer = groups.answer([candidate])
     decode_seqs = max(float(answer.estimate.decode_seqs[0]), 1.0)
     replicas = [_replica(groups, candidate, pool, decode_seqs) for pool in candidate.config.pools]

@@ -29,9 +29,14 @@ class EmbeddedGroups:
     """Answers groups of candidates of `problem` on the embedded engine."""
 
     def __init__(
-        self, problem: Problem, run_requests: float, measured: Mapping[str, MeasuredNode] | None = None
+        self,
+        problem: Problem,
+        run_requests: float,
+        measured: Mapping[str, MeasuredNode] | None = None,
+        traits: EngineTraits | None = None,
     ) -> None:
-        """`measured` holds what was measured of the engine on node pools, by name."""
+        """`measured` holds what was measured of the engine on node pools, by name; `traits` are in place of its own."""
+        self._own_traits = traits
         self._problem = problem
         self._run_requests = run_requests
         self._measured = measured or {}

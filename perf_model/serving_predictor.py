@@ -18,6 +18,7 @@ from perf_model.numeric import FloatArray, floats
 from perf_model.silicon import Silicon
 from perf_model.step_tables import MeasuredNode
 from perf_model.tables import default_root
+from perf_model.vllm_on_cpu import VLLM_ON_CPU, as_embedded, is_vllm_on_cpu
 from search_spaces.outcome import Prediction
 from search_spaces.problem import Problem
 from search_spaces.serving import Candidate
@@ -49,6 +50,7 @@ class ServingPredictor:
     ) -> None:
         self._problem = problem
         self.embedded = EmbeddedGroups(problem, float(run_requests), measured)
+        self.vllm_on_cpu = EmbeddedGroups(problem, float(run_requests), traits=VLLM_ON_CPU)
         silicon = Silicon(tables or default_root() or NO_TABLES)
         self.gpus = GpuGroups(problem, silicon, float(run_requests))
 
@@ -56,15 +58,22 @@ class ServingPredictor:
         """One prediction for each candidate, in order; raises `InvalidValueError` for unknown engines or pools."""
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for index, candidate in enumerate(candidates):
-            groups[self.of(candidate).layout(candidate)].append(index)
+            seen = self.seen(candidate)
+            groups[candidate.config.engine, self.of(candidate).layout(seen)].append(index)
         answers: dict[int, Prediction] = {}
         for indices in groups.values():
             predicted = self._predict_group([candidates[index] for index in indices])
             answers.update(zip(indices, predicted, strict=True))
         return [answers[index] for index in range(len(candidates))]
 
+    def seen(self, candidate: Candidate) -> Candidate:
+        """`candidate` as who answers for it sees it."""
+        return as_embedded(candidate, self._problem) if is_vllm_on_cpu(candidate, self._problem) else candidate
+
     def of(self, candidate: Candidate) -> EmbeddedGroups | GpuGroups:
         """Who answers for the engine of `candidate`."""
+        if is_vllm_on_cpu(candidate, self._problem):
+            return self.vllm_on_cpu
         return self.embedded if candidate.config.engine in TRAITS else self.gpus
 
     def _predict_group(self, group: list[Candidate]) -> list[Prediction]:
@@ -72,7 +81,7 @@ class ServingPredictor:
         if longest > limit:
             text = f"a request holds up to {longest} tokens but the model's context ends at {limit}; shorten isl or osl"
             return [Prediction(metrics={}, infeasible=text)] * len(group)
-        answer = self.of(group[0]).answer(group)
+        answer = self.of(group[0]).answer([self.seen(candidate) for candidate in group])
         named = metrics(answer.estimate, self._deployment(group, answer.requests_per_s), self._problem.slos)
         return [_prediction(i, answer, named) for i in range(len(group))]
 

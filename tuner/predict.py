@@ -151,10 +151,7 @@ def _cores(study: StudyFile, pools: Sequence[str]) -> tuple[dict[str, Device], t
 
 
 def _prior_notes(study: StudyFile) -> tuple[str, ...]:
-    from search_spaces.engines import engine_spec
-    from search_spaces.hardware import DeviceKind
-
-    if any(DeviceKind.GPU not in engine_spec(engine).devices for engine in study.engines):
+    if all(pool.device == "cpu" for pool in study.node_pools.values()):
         return ()
     if study.calibration == "none":
         return ("calibration: none, the model as it is",)

@@ -7,11 +7,9 @@ agent does not answer in time counts as lost, until it answers again.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +19,6 @@ from cluster.processes import ProcessId
 from cluster.ray_session import RayCluster
 from search_spaces.hardware import NodePool
 
-NICE = 19
 _log = logging.getLogger(__name__)
 
 
@@ -44,8 +41,6 @@ class NodeAgent:
     """An actor on each node; a plain class."""
 
     def __init__(self, study: str, coordinator: ProcessId, rule: WatchRule) -> None:
-        with suppress(OSError):
-            os.nice(NICE)  # engines and load generators come first
         self._study, self._rule = study, rule
         self._lock = threading.Lock()
         self._leases = Leases(coordinator, abandoned_s=rule.abandoned_s, now_s=time.monotonic())
@@ -99,6 +94,7 @@ class NodeWatch:
         self._watched: dict[str, _Watched] = {}
         self._nodes: list[NodeView] = []
         self._looked_s = float("-inf")
+        self._capacity: dict[tuple[tuple[str, int], ...], dict[str, int]] = {}
         self.ended: list[TaggedProcess] = []
         self._look()
 
@@ -113,8 +109,11 @@ class NodeWatch:
         return [node for node in self._nodes if node.node_id not in lost]
 
     def capacity(self, pools: Sequence[NodePool]) -> dict[str, int]:
-        """How many nodes each of `pools` has now."""
-        return live_nodes(pools, self.nodes())
+        """How many nodes each of `pools` has, as of the last turn."""
+        key = tuple((pool.name, pool.nodes) for pool in pools)
+        if key not in self._capacity:
+            self._capacity[key] = live_nodes(pools, self.nodes())
+        return self._capacity[key]
 
     def turn(self, trials: frozenset[str]) -> None:
         """Hear from the agents, and tell them which trials are run."""
@@ -141,6 +140,7 @@ class NodeWatch:
     def _look(self) -> None:
         self._looked_s = time.monotonic()
         self._nodes = self._cluster.nodes()
+        self._capacity.clear()
 
     def _beat(self, node_id: str, trials: frozenset[str], now_s: float) -> None:
         """Take the answer of a node's agent and ask it again; one that is gone is replaced."""
@@ -177,6 +177,7 @@ class NodeWatch:
     def _judge(self, node_id: str, watched: _Watched, *, lost: bool) -> None:
         if lost != watched.lost:
             watched.lost = lost
+            self._capacity.clear()
             host = next((node.host for node in self._nodes if node.node_id == node_id), "?")
             what = "does not answer and counts as lost" if lost else "answers again"
             _log.warning("node %s (%s) %s", host, node_id[:8], what)

@@ -50,13 +50,15 @@ _PHASES = {
 class _Trial:
     """A trial without an outcome; `owner` is the deployment that it waits for or runs on, None while it queues.
 
-    `short_since_s` is since when its pools have had too few nodes for it, None while they have enough.
+    `possible` says that its pools could hold it with all their nodes; `short_since_s` is since when they have had too
+    few nodes for it, None while they have enough.
     """
 
     request: TrialRequest
     began_s: float
     owner: RayDeployment | None = None
     overtaken: int = 0
+    possible: bool = False
     short_since_s: float | None = None
 
     @property
@@ -233,16 +235,18 @@ class RayTrialRunner:
             return True
         live = self._watch.capacity(request.problem.node_pools)
         try:
-            placement = _plan(request, self._backends[config.engine], None)  # however many nodes are there now
+            if not trial.possible:
+                _plan(request, self._backends[config.engine], None)  # however many nodes are there now
+                trial.possible = True
             if self._waits_for_nodes(trial, live):
+                return False
+            busy = [d.config for d in self._deployments if d.state.alive and not d.state.warm]
+            if busy and not fit_together([*busy, config], request.problem, live):
                 return False
             placement = _plan(request, self._backends[config.engine], live)
         except PlacementError as error:
             self._end(request.trial, Failure(reason=FailureReason.PLACEMENT, detail=str(error)))
             return True
-        busy = [d.config for d in self._deployments if d.state.alive and not d.state.warm]
-        if busy and not fit_together([*busy, config], request.problem, live):
-            return False
         trial.owner = self._launch(request, placement, live)
         return True
 

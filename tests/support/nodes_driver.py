@@ -198,6 +198,11 @@ def hosts(runner: RayTrialRunner) -> dict[str, str]:
     return {name: seat.host for deployment in runner._deployments for name, seat in deployment._seats.items()}
 
 
+def node_ids(runner: RayTrialRunner) -> set[str]:
+    """The nodes of the newest deployment."""
+    return {facts.node_id for deployment in runner._deployments[-1:] for facts in deployment._facts.values()}
+
+
 def node_of(runner: RayTrialRunner, part: str) -> str:
     return runner._deployments[0]._facts[part].node_id
 
@@ -257,8 +262,8 @@ def silent_node(trials: Trials, nodes: Nodes) -> dict[str, object]:
         failure = told(wait(runner, handle))
         took_s, alive = time.monotonic() - began, {node.node_id for node in runner._cluster.nodes()}
         elsewhere = trials.start(runner, OVER_TWO_NODES)
-        second = told(wait(runner, elsewhere))
-        avoided = node_id not in {facts.node_id for facts in runner._deployments[-1]._facts.values()}
+        used: set[str] = set()
+        second = told(wait(runner, elsewhere, lambda: used.update(node_ids(runner))))
         for process in frozen:
             with suppress(psutil.NoSuchProcess):  # engines and actors of the trial were ended meanwhile
                 process.send_signal(signal.SIGCONT)
@@ -273,7 +278,7 @@ def silent_node(trials: Trials, nodes: Nodes) -> dict[str, object]:
         "took_s": took_s,
         "ray_said_alive": node_id in alive,
         "next": second,
-        "next_avoided_it": avoided,
+        "next_avoided_it": bool(used) and node_id not in used,
         "came_back": back,
     }
 

@@ -1,12 +1,12 @@
 """Measure every configuration of the embedded engine in a small space, for `benchmarks/search_efficiency.py` to replay.
 
-    python benchmarks/measure_surface.py [--study FILE] [--out FILE] [--work FOLDER] [--limit-s 2100] [--note TEXT]
+    python benchmarks/measure_surface.py [--passes 2] [--limit-s 2000] [--work FOLDER] [--out FILE] [--note TEXT]
 
-Configurations of `benchmarks/data/embedded_surface.yaml` are deployed in random order by the product's own runner and
-measured under every load; one of them is measured again after every twentieth, which shows noise and drift. What was
-measured lies in `--work`, so that a run that was interrupted goes on where it was. The Parquet file has a row for
-every measurement, the candidate as JSON, every metric, and the machine's load average at the time; its metadata say
-when, with which engine and on how many cores. No names of hosts or folders are kept.
+Configurations of `benchmarks/data/embedded_surface.yaml` are deployed by the product's own runner and measured under
+every load, in each pass all of them in another random order, so that passes tell noise and drift. A run whose client
+was late is repeated. What was measured lies in `--work`, so that a run that was interrupted goes on where it was. The
+Parquet file has a row for every measurement, the candidate as JSON, every metric, and the machine's load average at the
+time; its metadata say when, with which engine and on how many cores. No names of hosts or folders are kept.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.runner import Running, TrialRequest, TrialRunner
-from perf_model.numeric import FloatArray
 from search_spaces.hardware import Device
-from search_spaces.outcome import Measurement, Outcome
+from search_spaces.outcome import Failure, Measurement, Outcome
 from search_spaces.problem import Problem
 from search_spaces.rules import infeasibility
-from search_spaces.serving import Candidate
+from search_spaces.serving import Candidate, ServingConfig
 from studies.codec import Json, to_json
 from studies.screen import all_candidates
 from tuner.places import find_place
@@ -46,34 +46,33 @@ from tuner.wiring import connector, make_limits, make_problem, make_rule
 
 DATA = Path(__file__).resolve().parent / "data"
 STUDY, SURFACE = DATA / "embedded_surface.yaml", DATA / "embedded_surface.parquet"
-ROW, FACTS = "measurements.jsonl", "facts.json"
-REFERENCE_EVERY = 20
-"""Deployments between two measurements of the same reference configuration."""
+ROWS, FACTS = "measurements.jsonl", "facts.json"
+TRIES = 3
+"""Runs of a measurement whose faults are not the configuration's (a late client, say) before it is given up."""
 POLL_S = 0.02
+NICENESS = "RAY_worker_niceness"
+"""Ray runs what it starts behind everything else on the machine, unless this variable says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Measurements of one deployment; `round` counts those of the reference, and is 0 for all others."""
+    """Measurements of one deployment in one pass."""
 
     candidates: tuple[Candidate, ...]
-    round: int = 0
+    number: int
 
 
-def tasks_of(candidates: Sequence[Candidate], seed: int) -> list[Task]:
-    """One task for each configuration in random order, and the reference among them."""
-    by_config: dict[object, list[Candidate]] = {}
+def tasks_of(candidates: Sequence[Candidate], passes: int, seed: int) -> list[Task]:
+    """One task for each pass and configuration, each pass in a random order of its own."""
+    by_config: dict[ServingConfig, list[Candidate]] = {}
     for candidate in candidates:
         by_config.setdefault(candidate.config, []).append(candidate)
-    tasks = [Task(candidates=tuple(found)) for found in by_config.values()]
-    reference = tasks[0]
-    random.Random(seed).shuffle(tasks)
-    mixed: list[Task] = []
-    for position, task in enumerate(tasks):
-        if position % REFERENCE_EVERY == 0:
-            mixed.append(Task(candidates=reference.candidates, round=1 + position // REFERENCE_EVERY))
-        mixed.append(task)
-    return mixed
+    tasks: list[Task] = []
+    for number in range(passes):
+        groups = list(by_config.values())
+        random.Random(f"{seed} {number}").shuffle(groups)
+        tasks += [Task(candidates=tuple(group), number=number) for group in groups]
+    return tasks
 
 
 def candidates_of(study: StudyFile) -> list[Candidate]:
@@ -92,31 +91,37 @@ class Bench:
     work: Path
 
     def done(self) -> set[tuple[str, int]]:
-        """Keys and rounds that were measured."""
-        return {(str(row["key"]), int(row["round"])) for row in read_rows(self.work)}
+        """Keys and passes that were measured."""
+        return {(str(row["key"]), int(str(row["pass"]))) for row in read_rows(self.work)}
 
     def carry_out(self, task: Task) -> None:
         """Deploy once, measure under every load that is missing, write down each."""
         done = self.done()
-        missing = [c for c in task.candidates if (c.key, task.round) not in done]
-        if not missing:
-            return
-        self.runner.release()
+        missing = [c for c in task.candidates if (c.key, task.number) not in done]
+        if missing:
+            self.runner.release()
         for candidate in missing:
-            outcome = self._measure(candidate, task.round)
-            with (self.work / ROW).open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row_of(candidate, outcome, task.round)) + "\n")
+            outcome = self._measured(candidate, task.number)
+            with (self.work / ROWS).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row_of(candidate, outcome, task.number)) + "\n")
 
-    def _measure(self, candidate: Candidate, count: int) -> Outcome:
+    def _measured(self, candidate: Candidate, number: int) -> Outcome:
+        for attempt in range(TRIES):
+            outcome = self._measure(candidate, f"surface-{candidate.key}-{number}-{attempt}", number)
+            if not (isinstance(outcome, Failure) and outcome.retryable):
+                break
+        return outcome
+
+    def _measure(self, candidate: Candidate, name: str, seed: int) -> Outcome:
         with tempfile.TemporaryDirectory() as folder:
             request = TrialRequest(
-                trial=f"surface-{candidate.key}-{count}",
+                trial=name,
                 candidate=candidate,
                 problem=self.problem,
                 rule=make_rule(self.study),
                 limits=make_limits(self.study),
                 artifact_dir=Path(folder),
-                seed=count,
+                seed=seed,
             )
             handle = self.runner.start(request)
             while isinstance(state := self.runner.poll(handle), Running):
@@ -124,13 +129,13 @@ class Bench:
             return state
 
 
-def row_of(candidate: Candidate, outcome: Outcome, count: int) -> dict[str, Json]:
+def row_of(candidate: Candidate, outcome: Outcome, number: int) -> dict[str, Json]:
     """What is kept of a measurement: flat, of plain JSON values."""
     row: dict[str, Json] = {
         "key": candidate.key,
         "config": candidate.config.key,
         "candidate": json.dumps(to_json(candidate), sort_keys=True),
-        "round": count,
+        "pass": number,
         "at_s": round(time.time(), 1),
         "load_average": os.getloadavg()[0],
     }
@@ -141,14 +146,13 @@ def row_of(candidate: Candidate, outcome: Outcome, count: int) -> dict[str, Json
 
 
 def read_rows(work: Path) -> list[dict[str, Json]]:
-    """What was measured so far; faults of the infrastructure are left out, and measured again."""
-    path = work / ROW
+    """What was measured so far."""
+    path = work / ROWS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines]
-    return [row for row in rows if row.get("failure") not in {"transport", "late_client", "placement", "lost_node"}]
+    return [json.loads(line) for line in lines]
 
 
-def measure(study: StudyFile, work: Path, limit_s: float) -> None:
+def measure(study: StudyFile, work: Path, passes: int, limit_s: float) -> None:
     """Measure what is missing until all is measured or `limit_s` have passed."""
     began = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
@@ -161,7 +165,7 @@ def measure(study: StudyFile, work: Path, limit_s: float) -> None:
         runner = cluster.runner(study.name)
         try:
             bench = Bench(runner=runner, study=study, problem=problem, work=work)
-            for number, task in enumerate(tasks := tasks_of(candidates_of(study), study.seed)):
+            for number, task in enumerate(tasks := tasks_of(candidates_of(study), passes, study.seed)):
                 if time.monotonic() - began > limit_s:
                     print(f"the limit of {limit_s:.0f} s is used; call again to go on", file=sys.stderr)
                     return
@@ -194,18 +198,10 @@ def write_surface(study: StudyFile, work: Path, out: Path, note: str) -> pd.Data
     return frame
 
 
-def noise(frame: pd.DataFrame, metrics: Sequence[str]) -> Iterator[tuple[str, FloatArray]]:
-    """Standard deviation of the logarithm of each metric over the repeats of the reference, by load (n,)."""
-    repeated = frame[frame["round"] > 0]
-    for metric in metrics:
-        by_load = repeated.groupby("key")[metric]
-        yield metric, by_load.agg(lambda values: values.map(_log).std()).to_numpy(float)
-
-
-def _log(value: float) -> float:
-    import math
-
-    return math.log(value)
+def noise(frame: pd.DataFrame, metric: str) -> float:
+    """Standard deviation of the logarithm of `metric` over the passes, the median over candidates."""
+    logs = np.log(frame[metric]).groupby(frame["key"])
+    return float(logs.std().median())
 
 
 def main() -> int:
@@ -214,18 +210,20 @@ def main() -> int:
     parser.add_argument("--study", type=Path, default=STUDY)
     parser.add_argument("--out", type=Path, default=SURFACE)
     parser.add_argument("--work", type=Path, default=Path("tuner-data/surface"), help="what was measured so far")
-    parser.add_argument("--limit-s", type=float, default=2100.0)
+    parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument("--limit-s", type=float, default=2000.0)
     parser.add_argument("--note", default="", help="what else is true of the run, for the provenance")
     options = parser.parse_args()
     study = load_study_file(options.study)
-    measure(study, options.work, options.limit_s)
+    os.environ.setdefault(NICENESS, "0")
+    measure(study, options.work, options.passes, options.limit_s)
     frame = write_surface(study, options.work, options.out, options.note)
     failed = frame["failure"].notna().sum() if "failure" in frame else 0
     print(
         f"{len(frame)} measurements of {frame['config'].nunique()} configurations, {failed} failures -> {options.out}"
     )
-    for metric, found in noise(frame, ("ttft_mean_ms", "tpot_mean_ms", "output_tokens_per_s_per_gpu")):
-        print(f"noise of {metric}, standard deviation of the logarithm by load: {found.round(3).tolist()}")
+    for metric in ("ttft_mean_ms", "tpot_mean_ms", "output_tokens_per_s_per_gpu"):
+        print(f"noise of {metric}: {noise(frame, metric):.1%}")
     return 0
 
 

@@ -38,7 +38,7 @@ from benchmarks.search.jobs import (
     Job,
     Result,
     complete_seeds,
-    known_results,
+    kept_result,
     perform_kept,
 )
 from benchmarks.search.modelled import Modelled, learn_priors, with_prior
@@ -115,12 +115,13 @@ def make_jobs(found: Subjects, searcher: str, seeds: int, *, logarithmic: bool, 
 
 
 def all_jobs(found: Subjects, options: argparse.Namespace) -> list[Job]:
-    """Jobs of the searchers that were asked for; Optuna's GP, which takes minutes a run, comes last."""
+    """Jobs of the searchers that were asked for, the quick ones first."""
+    slow = {TPE: (options.tpe_seeds or options.seeds, options.limit), GP: (options.gp_seeds, options.limit)}
     jobs: list[Job] = []
     for name in (OURS, MODEL, RANDOM, NSGA2, TPE, GP):
         if options.only and name not in options.only:
             continue
-        seeds, limit = (options.gp_seeds, options.gp_limit) if name == GP else (options.seeds, None)
+        seeds, limit = slow.get(name, (options.seeds, None))
         jobs += make_jobs(found, name, seeds, logarithmic=options.log_hypervolume, limit=limit)
     return jobs
 
@@ -128,16 +129,20 @@ def all_jobs(found: Subjects, options: argparse.Namespace) -> list[Job]:
 def carry_out(jobs: Sequence[Job], options: argparse.Namespace) -> tuple[list[Result], list[str]]:
     """Results of `jobs`, and what must be said of them. Without torch, GP counts as far as it is in the cache."""
     has_torch = find_spec("torch") is not None
-    waiting = [job for job in jobs if job.searcher != GP or has_torch]
+    notes = []
+    if any(job.limit for job in jobs):
+        notes.append(f"runs of TPE and GP end after {options.limit} measurements, which then count as enough")
+    if not has_torch and any(job.searcher == GP for job in jobs):
+        notes.append("Optuna's GP sampler needs torch, which is not installed (pip install torch): only kept results")
+    known = {job.kept_in(Path()): kept_result(job, options.cache) for job in jobs}
+    waiting = [
+        job
+        for job in jobs
+        if known[job.kept_in(Path())] is None and not options.only_kept and (has_torch or job.searcher != GP)
+    ]
     with ProcessPoolExecutor(options.jobs) as pool:
         results = list(pool.map(partial(perform_kept, cache=options.cache), waiting))
-    notes = []
-    gp_jobs = [job for job in jobs if job.searcher == GP]
-    if gp_jobs and not has_torch:
-        results += known_results(gp_jobs, options.cache)
-        notes.append("Optuna's GP sampler needs torch, which is not installed (pip install torch): only kept results")
-    if gp_jobs:
-        notes.append(f"Optuna's GP sampler ends after {options.gp_limit} measurements, which then count as enough")
+    results += [result for result in known.values() if result is not None]
     return complete_seeds(results, list(dict.fromkeys(job.modelled.table.name for job in jobs))), notes
 
 
@@ -166,10 +171,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--tables", type=Path, help="operation tables of our model; the installed ones by default")
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--tpe-seeds", type=int, help="as --seeds where it is left out")
     parser.add_argument("--gp-seeds", type=int, default=2, help="Optuna's GP takes minutes a run; 0 leaves it out")
-    parser.add_argument("--gp-limit", type=int, default=60, help="measurements after which a run of Optuna's GP ends")
+    parser.add_argument("--limit", type=int, default=50, help="measurements after which a run of TPE or GP ends")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--only", nargs="+", metavar="SEARCHER", help="these searchers only")
+    parser.add_argument("--only-kept", action="store_true", help="report what the cache holds, run nothing")
     parser.add_argument("--cache", type=Path, help="folder that keeps the results of single runs")
     parser.add_argument("--log-hypervolume", action="store_true", help="count hypervolume on logarithmic objectives")
     parser.add_argument("--assume-one-worker", action="store_true", help="keep rows whose worker counts are unknown")

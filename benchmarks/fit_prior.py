@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from perf_model.prior import METRICS, SHIPPED, Prior
-from perf_model.prior_fit import FOLDS, Fitter, Sample, fit
-from perf_model.runs import read_runs
-from perf_model.silicon import default_silicon
+from perf_model.prior_fit import FOLDS, Fitter, Sample, fit, raw_errors
+from perf_model.runs import Run, Unpredictable, read_runs
+from perf_model.silicon import Silicon, default_silicon
 from perf_model.validate import Predicted, predict_runs
 from search_spaces.serving import Mode
 
@@ -45,8 +45,9 @@ def main() -> None:
     """Parse the command line, fit, print and write."""
     arguments = _arguments()
     path = Path(arguments.measurements)
-    silicon = default_silicon(arguments.tables)
-    predicted, refused = predict_runs(read_runs(path), silicon)
+    silicon, rows = default_silicon(arguments.tables), read_runs(path)
+    predicted, refused = predict_runs(rows, silicon)
+    raw = raw_errors(predicted, predict_runs(rows, without_tables(silicon, rows))[0])
     origin = {
         "file": path.name,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -54,7 +55,7 @@ def main() -> None:
         "command": "python benchmarks/fit_prior.py --measurements " + path.name,
         "not predictable": str(len(refused)),
     }
-    prior = fit(predicted, exclude_models=arguments.exclude_model, provenance=origin)
+    prior = fit(predicted, exclude_models=arguments.exclude_model, provenance=origin, raw=raw)
     found = evaluation(predicted, prior)
     if arguments.out:
         prior.save(Path(arguments.out))
@@ -62,6 +63,18 @@ def main() -> None:
         print(json.dumps({"rows": [asdict(errors) for errors in found], "provenance": prior.provenance}, indent=1))
     else:
         print(table(found))
+        print("\nstandard deviations of figures without a prior (of logarithms)")
+        print(
+            "\n".join(f"{case:<15}" + " ".join(f"{n} {sd:.3f}" for n, sd in sds.items()) for case, sds in raw.items())
+        )
+
+
+def without_tables(silicon: Silicon, rows: Sequence[Run | Unpredictable]) -> Silicon:
+    """The same systems, of whose operations nothing is known but their speed of light."""
+    bare = Silicon(silicon.root / "none")
+    for name in {row.system for row in rows if isinstance(row, Run)}:
+        bare = bare.with_system(silicon.system(name))
+    return bare
 
 
 def _arguments() -> argparse.Namespace:

@@ -13,7 +13,7 @@ from perf_model.gpu_groups import GpuGroups
 from perf_model.numeric import floats
 from perf_model.predictor import Predictor
 from perf_model.prior import Occasion, Prior, Subject, subject
-from perf_model.serving_predictor import log_stddev
+from perf_model.raw_errors import RawErrors, on_gpus
 from search_spaces.outcome import Prediction
 from search_spaces.problem import Problem
 from search_spaces.serving import Candidate
@@ -113,7 +113,9 @@ class CorrectedPredictor:
             if name in values:
                 values[name] /= speed
         values["output_tokens_per_s_per_user"] = 1000.0 / values["tpot_mean_ms"]
-        return replace(raw, metrics=values, log_stddev=_log_stddevs(raw, values, factors))
+        return replace(
+            raw, metrics=values, log_stddev=_log_stddevs(raw, values, factors, on_gpus(candidate.config.mode))
+        )
 
 
 def _users_of_a_rank(candidate: Candidate, prediction: Prediction) -> float:
@@ -125,7 +127,7 @@ def _users_of_a_rank(candidate: Candidate, prediction: Prediction) -> float:
     return max(float(users), 1e-3) / ranks
 
 
-def _log_stddevs(raw: Prediction, values: dict[str, float], factors: Factors) -> dict[str, float]:
+def _log_stddevs(raw: Prediction, values: dict[str, float], factors: Factors, errors: RawErrors) -> dict[str, float]:
     """The prior's standard deviations, widened as the raw ones are for time that no table backs."""
     wait = values["ttft_mean_ms"] / values["e2e_mean_ms"]
     both = math.hypot(wait * factors.ttft_sd, (1.0 - wait) * factors.tpot_sd)
@@ -135,6 +137,6 @@ def _log_stddevs(raw: Prediction, values: dict[str, float], factors: Factors) ->
         if sd == 0.0:
             result[name] = 0.0
             continue
-        guessed = max(sd**2 - log_stddev(name, 0.0) ** 2, 0.0)
+        guessed = max(sd**2 - errors.log_stddev(name, 0.0) ** 2, 0.0)
         result[name] = math.sqrt(named.get(name.partition("_")[0], both) ** 2 + guessed)
     return result

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -243,11 +243,12 @@ class Correction:
 
 @dataclass(frozen=True, kw_only=True)
 class Prior:
-    """Corrections of both metrics and where they come from."""
+    """Corrections of both metrics and where they come from; `raw` holds the errors of figures without them."""
 
     ttft: MetricPrior
     tpot: MetricPrior
     provenance: Mapping[str, str]
+    raw: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path = SHIPPED) -> Prior:
@@ -257,7 +258,7 @@ class Prior:
             if held["format"] != FORMAT:
                 raise InvalidValueError(f"{path} has format {held['format']}; this version reads format {FORMAT}")
             metrics = {name: MetricPrior(**held[name]) for name in METRICS}
-            return cls(**metrics, provenance=held["provenance"])
+            return cls(**metrics, provenance=held["provenance"], raw=held.get("raw", {}))
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise InvalidValueError(
                 f"{path} holds no prior ({error}); make one with benchmarks/fit_prior.py or set calibration: none"
@@ -265,7 +266,7 @@ class Prior:
 
     def save(self, path: Path) -> None:
         """Write the prior as JSON."""
-        held = {"format": FORMAT, "provenance": dict(self.provenance)}
+        held = {"format": FORMAT, "provenance": dict(self.provenance), "raw": dict(self.raw)}
         for name, metric in self._metrics.items():
             held[name] = {field: getattr(metric, field) for field in MetricPrior.__dataclass_fields__}
         path.write_text(json.dumps(held, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -25,6 +25,7 @@ from perf_model.prior import (
 )
 from perf_model.validate import Predicted
 from search_spaces.errors import InvalidValueError
+from search_spaces.serving import Mode
 
 # Standard deviations of effects before any run is seen, in natural-log units: level -> basis -> sd. Chosen by
 # cross-validation (`benchmarks/fit_prior.py` prints it): wide groups that are free to move spoil predictions for
@@ -220,8 +221,29 @@ def interval_sd(residuals: FloatArray) -> float:
     return round(float(np.quantile(np.abs(residuals), 0.9)) / 1.645, 3)
 
 
+def raw_sds(predicted: Sequence[Predicted]) -> dict[str, float]:
+    """Standard deviations of measured over predicted TTFT, TPOT and E2E of runs as they are."""
+    measured = np.array([(p.run.ttft_ms, p.run.tpot_ms, p.run.osl * p.run.length_share) for p in predicted])
+    modelled = np.array([(p.ttft_ms, p.tpot_ms, p.run.osl * p.run.length_share) for p in predicted])
+    pairs = {"ttft": (measured[:, 0], modelled[:, 0]), "tpot": (measured[:, 1], modelled[:, 1])}
+    ends = [ttft + tpot * np.maximum(tokens - 1.0, 1.0) for ttft, tpot, tokens in (measured.T, modelled.T)]
+    pairs["e2e"] = (ends[0], ends[1])
+    return {name: interval_sd(np.log(one / other)) for name, (one, other) in pairs.items()}
+
+
+def raw_errors(predicted: Sequence[Predicted], without_tables: Sequence[Predicted]) -> dict[str, dict[str, float]]:
+    """What the shipped file says of figures without a prior: by mode, and where no operation has a table."""
+    by_mode = {mode: [p for p in predicted if p.run.mode is mode] for mode in Mode}
+    aggregated = [p for p in without_tables if p.run.mode is Mode.AGGREGATED]
+    return {mode.value: raw_sds(runs) for mode, runs in by_mode.items() if runs} | {"no tables": raw_sds(aggregated)}
+
+
 def fit(
-    predicted: Sequence[Predicted], *, exclude_models: Sequence[str] = (), provenance: Mapping[str, str] | None = None
+    predicted: Sequence[Predicted],
+    *,
+    exclude_models: Sequence[str] = (),
+    provenance: Mapping[str, str] | None = None,
+    raw: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Prior:
     """A prior from measured runs and their predictions, without the runs of `exclude_models`.
 
@@ -235,4 +257,4 @@ def fit(
     sample = Sample(used)
     fitted = {metric: Fitter(sample, metric).prior() for metric in METRICS}
     origin = {"runs": str(len(used)), "left out": ", ".join(sorted(words)) or "none", **(provenance or {})}
-    return Prior(ttft=fitted["ttft"], tpot=fitted["tpot"], provenance=origin)
+    return Prior(ttft=fitted["ttft"], tpot=fitted["tpot"], provenance=origin, raw=raw or {})

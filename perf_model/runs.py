@@ -28,7 +28,7 @@ DRAWN_LENGTHS = frozenset({("1024", "1024"), ("1024", "8192"), ("8192", "1024")}
 # With equal lengths, engines whose prefill stops decoding keep users in step; the others spread them.
 EQUAL_BURST_SHARE = {"sglang": 1.0}
 EQUAL_CLIENT_MS = 30.0  # what the client of the runs of equal lengths adds to the time to first token (fitted)
-POLLED_STEPS = (20.0, 40.0)  # fitted to SGLang's runs on B200, below and from 16 requests in flight
+POLLED_STEPS = (10.0, 40.0)  # fitted to SGLang's runs on B200, below and from 16 requests in flight
 WORDS_OF_PRECISION = {"nvfp4": "fp4", "fp8": "fp8", "fp8_block": "fp8", "bfloat16": "bf16", "int4_wo": "int4"}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from perf_model.figures import Deployment, metrics
 from perf_model.gpu_groups import GpuGroups
 from perf_model.groups import GroupAnswer
 from perf_model.numeric import FloatArray, floats
+from perf_model.raw_errors import ON_CORES, RawErrors, on_gpus
 from perf_model.silicon import Silicon
 from perf_model.step_tables import MeasuredNode
 from perf_model.tables import default_root
@@ -23,12 +23,7 @@ from search_spaces.outcome import Prediction
 from search_spaces.problem import Problem
 from search_spaces.serving import Candidate
 
-# Standard deviations of the logarithm of raw figures before measurements correct them, as the public measured runs
-# scatter about the model (docs/perf-model.md), and what the share of time without a table adds.
-TABLE_ERROR = {"tpot": 0.2, "itl": 0.25, "ttft": 0.4, "e2e": 0.22}
-THROUGHPUT_ERROR = 0.22
 NO_TABLES = Path("no-operation-tables")  # a directory that does not exist: everything comes from the roofline
-ROOFLINE_ERROR = 0.3
 
 
 class ServingPredictor:
@@ -83,7 +78,8 @@ class ServingPredictor:
             return [Prediction(metrics={}, infeasible=text)] * len(group)
         answer = self.of(group[0]).answer([self.seen(candidate) for candidate in group])
         named = metrics(answer.estimate, self._deployment(group, answer.requests_per_s), self._problem.slos)
-        return [_prediction(i, answer, named) for i in range(len(group))]
+        errors = on_gpus(group[0].config.mode) if self.of(group[0]) is self.gpus else ON_CORES
+        return [_prediction(i, answer, named, errors) for i in range(len(group))]
 
     def _deployment(self, group: list[Candidate], requests_per_s: FloatArray) -> Deployment:
         workload = self._problem.workload
@@ -100,21 +96,13 @@ class ServingPredictor:
         )
 
 
-def _prediction(index: int, answer: GroupAnswer, named: dict[str, FloatArray]) -> Prediction:
+def _prediction(index: int, answer: GroupAnswer, named: dict[str, FloatArray], errors: RawErrors) -> Prediction:
     refused = answer.refused[index]
     if refused is not None:
         return Prediction(metrics={}, infeasible=refused)
     values = {name: float(array[index]) for name, array in named.items() if not np.isnan(array[index])}
     return Prediction(
         metrics=values,
-        log_stddev={name: log_stddev(name, answer.roofline_share) for name in values},
+        log_stddev={name: errors.log_stddev(name, answer.roofline_share) for name in values},
         breakdown_ms={name: float(array[index]) for name, array in answer.breakdown_ms.items()},
     )
-
-
-def log_stddev(metric: str, roofline_share: float) -> float:
-    """Standard deviation of the logarithm of a raw figure; exact figures (devices, price) have none."""
-    if metric in {"devices", "price_per_hour", "error_rate"}:
-        return 0.0
-    backed = TABLE_ERROR.get(metric.split("_", maxsplit=1)[0], THROUGHPUT_ERROR)
-    return math.hypot(backed, roofline_share * ROOFLINE_ERROR)

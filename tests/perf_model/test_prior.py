@@ -24,7 +24,8 @@ from perf_model.prior import (
     precision_word,
     run_subject,
 )
-from perf_model.prior_fit import FOLDS, Fitter, Sample, fit, interval_sd
+from perf_model.prior_fit import FOLDS, Fitter, Sample, fit, interval_sd, raw_errors
+from perf_model.raw_errors import on_gpus
 from perf_model.runs import Run, RunPool
 from perf_model.validate import Predicted
 from search_spaces.errors import InvalidValueError
@@ -168,6 +169,26 @@ def test_intervals_hold_what_they_state() -> None:
 def test_the_interval_of_normal_residuals_is_theirs() -> None:
     residuals = np.random.default_rng(0).normal(0, 0.3, 100_000)
     assert interval_sd(residuals) == pytest.approx(0.3, rel=0.02)
+
+
+def test_errors_of_raw_figures_are_the_scatter_of_runs() -> None:
+    runs = [predicted(i, users=4, noise=0.3) for i in range(400)]
+    found = raw_errors(runs, [predicted(i, users=4, noise=0.6) for i in range(400)])
+    assert found["aggregated"]["ttft"] == pytest.approx(0.3, rel=0.15)
+    assert found["no tables"]["tpot"] == pytest.approx(0.6, rel=0.15)
+    assert 0.1 < found["aggregated"]["e2e"] < 0.35
+    assert set(found) == {"aggregated", "no tables"}
+
+
+def test_raw_figures_state_what_was_learned_and_more_where_no_table_backs_them() -> None:
+    errors = on_gpus(Mode.AGGREGATED)
+    stated = [errors.log_stddev("ttft_p99_ms", share) for share in (0.0, 0.5, 1.0)]
+    assert stated[0] == errors.with_tables["ttft"]
+    assert stated[2] == pytest.approx(max(errors.without["ttft"], errors.with_tables["ttft"]))
+    assert stated == sorted(stated)
+    assert errors.log_stddev("devices", 1.0) == 0.0
+    assert errors.log_stddev("output_tokens_per_s", 0.0) == errors.with_tables["e2e"]
+    assert on_gpus(Mode.DISAGGREGATED).with_tables["ttft"] > stated[0]
 
 
 def test_too_few_runs_are_refused() -> None:

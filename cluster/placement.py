@@ -168,6 +168,28 @@ def _place_replica(pool: Pool, nodes: NodePool, free: list[int]) -> list[tuple[i
     if whole is not None:
         free[whole] -= pool.devices_per_replica
         return [(whole, pool.devices_per_replica)]
+    return _equal_parts(pool, free) or _any_parts(pool, nodes, free, group)
+
+
+def _equal_parts(pool: Pool, free: list[int]) -> list[tuple[int, int]]:
+    """A split into parts of one size on as few nodes as possible, as most engines want it; empty where there is none.
+
+    Whole data-parallel ranks stay together where that is possible.
+    """
+    sizes = pool.parallelism
+    for units in (sizes.dp, sizes.dp * sizes.pp):
+        for count in (n for n in range(2, units + 1) if units % n == 0):
+            share = pool.devices_per_replica // count
+            roomy = [node for node, room in enumerate(free) if room >= share][:count]
+            if len(roomy) == count:
+                for node in roomy:
+                    free[node] -= share
+                return [(node, share) for node in roomy]
+    return []
+
+
+def _any_parts(pool: Pool, nodes: NodePool, free: list[int], group: int) -> list[tuple[int, int]]:
+    """A split into groups wherever they fit."""
     placed: dict[int, int] = {}
     for _ in range(pool.parallelism.pp * pool.parallelism.dp):
         node = next((n for n, room in enumerate(free) if room >= group), None)

@@ -12,6 +12,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -320,9 +321,19 @@ def node_facts(folder: Path) -> NodeFacts:
         cores=usable_cores(),
         cpu_model=cpu_model(),
         gpu_models=gpu_models(),
-        gpu_ids=tuple(int(gpu) for gpu in context.get_accelerator_ids().get("GPU", ())),
+        gpu_ids=_gpu_numbers(context.get_accelerator_ids().get("GPU", ())),
         sees_folder=(folder / MARKER).exists(),
     )
+
+
+def _gpu_numbers(ids: Sequence[str]) -> tuple[int, ...]:
+    """Ray's ids of GPUs as numbers; raises `InvalidValueError` for UUIDs, as a raylet has them that was started so."""
+    named = [gpu for gpu in ids if not gpu.isdigit()]
+    if named:
+        raise InvalidValueError(
+            f"Ray calls a GPU of this node {named[0]!r}; start Ray there with CUDA_VISIBLE_DEVICES as numbers, or unset"
+        )
+    return tuple(int(gpu) for gpu in ids)
 
 
 def _prepared(backend: EngineBackend, model: ModelSpec, directory: Path) -> ModelSpec:

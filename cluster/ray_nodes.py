@@ -45,6 +45,7 @@ class NodeAgent:
         self._lock = threading.Lock()
         self._leases = Leases(coordinator, abandoned_s=rule.abandoned_s, now_s=time.monotonic())
         self._ended: list[TaggedProcess] = []
+        self._closed = threading.Event()
         threading.Thread(target=self._keep_clean, daemon=True).start()
 
     def beat(self, trials: frozenset[str]) -> list[TaggedProcess]:
@@ -54,9 +55,12 @@ class NodeAgent:
             ended, self._ended = self._ended, []
         return ended
 
+    def close(self) -> None:
+        """End nothing any more."""
+        self._closed.set()
+
     def _keep_clean(self) -> None:
-        while True:
-            time.sleep(self._rule.scan_s)
+        while not self._closed.wait(self._rule.scan_s):
             found = tagged_processes(self._study)
             with self._lock:
                 unwanted = self._leases.without(found, time.monotonic())

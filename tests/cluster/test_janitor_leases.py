@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.janitor import Leases, TaggedProcess
-from cluster.processes import ProcessId
+from cluster.processes import ManagedProcess, ProcessId, Tags
+from cluster.ray_nodes import NodeAgent, WatchRule
 
 MINE = ProcessId(host="a", pid=1, created_s=1)
 OTHER = ProcessId(host="b", pid=2, created_s=2)
@@ -39,6 +46,39 @@ def test_a_coordinator_that_is_silent_for_long_loses_all_leases() -> None:
     own, foreign, untold = process(1, "t1"), process(2, "t1", OTHER), process(3, "t1", None)
     assert kept.without([own, foreign, untold], 10.0 + ABANDONED_S) == []
     assert kept.without([own, foreign, untold], 10.1 + ABANDONED_S) == [own]
+
+
+def test_an_agent_ends_what_its_coordinator_does_not_run(tmp_path: Path) -> None:
+    me = ProcessId.of(os.getpid())
+    study = f"agent-{me.pid}"
+    sleep = (sys.executable, "-c", "import time; time.sleep(60)")
+    agent = NodeAgent(study, me, WatchRule(scan_s=0.1, abandoned_s=600.0))
+    with ThreadPoolExecutor(1) as starter:  # its thread lives as long as the processes should
+        children = {
+            trial: starter.submit(
+                ManagedProcess,
+                argv=sleep,
+                env=Tags(study=study, trial=trial, coordinator=me).environment(),
+                log=tmp_path / trial,
+            ).result()
+            for trial in ("kept", "dropped")
+        }
+        try:
+            ended: list[TaggedProcess] = []
+            deadline = time.monotonic() + 20.0
+            while children["dropped"].exit_code() is None or not ended:
+                ended += agent.beat(frozenset({"kept"}))
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            assert {process.trial for process in ended} == {"dropped"}
+            assert children["kept"].exit_code() is None
+            abandoned = NodeAgent(study, me, WatchRule(scan_s=0.1, abandoned_s=0.5))  # never hears of anybody
+            assert children["kept"].wait(20.0) is not None
+            abandoned.close()
+        finally:
+            agent.close()
+            for child in children.values():
+                child.terminate(5.0)
 
 
 @given(st.lists(st.tuples(st.frozensets(st.sampled_from("abc")), st.frozensets(st.sampled_from("abc"))), max_size=30))

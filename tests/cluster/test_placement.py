@@ -213,6 +213,30 @@ def test_a_replica_that_fits_no_node_is_split_between_stages_only() -> None:
     assert plan.replicas[0].resources == {"CPU": 4.0, "GPU": 4.0, "accelerator_type:H100": 0.001}
 
 
+@pytest.mark.parametrize(
+    ("sizes", "room", "devices"),
+    [
+        (Parallelism(tp=2, pp=4), 6, [4, 4]),  # and not 6 and 2, which engines do not take
+        (Parallelism(tp=2, pp=3), 4, [2, 2, 2]),
+        (Parallelism(tp=1, pp=3, dp=2), 5, [3, 3]),  # a data-parallel rank on each
+        (Parallelism(tp=1, pp=6, dp=2), 4, [4, 4, 4]),  # a rank fits no node: its stages are split
+    ],
+)
+def test_the_parts_of_a_replica_are_of_one_size_on_few_nodes(sizes: Parallelism, room: int, devices: list[int]) -> None:
+    pool = Pool(role=Role.MIXED, node_pool="big", parallelism=sizes)
+    big = NodePool(name="big", device=GPU, nodes=4, devices_per_node=room)
+    plan = plan_placement(ServingConfig(engine="any", pools=(pool,)), problem_on((big,)))
+    assert [bundle.devices for bundle in plan.replicas] == devices
+
+
+def test_where_no_equal_parts_fit_groups_go_where_there_is_room() -> None:
+    large = Pool(role=Role.PREFILL, node_pool="big", parallelism=Parallelism(tp=3))
+    split = Pool(role=Role.DECODE, node_pool="big", parallelism=Parallelism(tp=1, pp=5))
+    big = NodePool(name="big", device=GPU, nodes=2, devices_per_node=4)
+    plan = plan_placement(ServingConfig(engine="any", pools=(large, split)), problem_on((big,)))
+    assert sorted(bundle.devices for bundle in plan.replicas) == [1, 3, 4]
+
+
 def test_one_replica_needs_no_router() -> None:
     assert plan_placement(aggregated(), PROBLEM).router is None
     assert plan_placement(aggregated(replicas=2), PROBLEM).router is not None

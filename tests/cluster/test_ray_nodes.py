@@ -116,6 +116,10 @@ def test_a_node_that_shares_no_folder_sends_logs_and_timings(answers: dict[str, 
     assert "put the work folder on a file system that all nodes share" in apart["split"]["detail"]
 
 
+def test_what_a_dead_coordinator_of_another_host_left_is_ended_at_the_start(answers: dict[str, Any]) -> None:
+    assert answers["swept"] == {"ended": ["gone"], "alive": ["here"]}
+
+
 def test_a_process_without_a_lease_is_ended(answers: dict[str, Any]) -> None:
     unleased = answers["unleased"]
     assert unleased["code"] == -15

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +224,35 @@ def test_an_engine_that_dies_under_load(
     assert "serving tiny" in failure.log_tail
     again = measured(finish(runner, runner.start(request("f5", aggregated(), tmp_path))))
     assert "start" in again.timings_s
+
+
+def test_engines_and_router_let_nobody_in_without_the_key(make_runner: MakeRunner, tmp_path: Path) -> None:
+    runner = make_runner()
+    handle = runner.start(request("s0", disaggregated(), tmp_path, rule=ENDLESS))
+    reach(runner, handle, "measure")
+    (deployment,) = runner._deployments
+    key = deployment._site.api_key
+    for name, serving in deployment._serving.items():
+        process = psutil.Process(serving.pid)
+        listening = {c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+        assert listening == {"127.0.0.1"}, name
+        assert status(f"{serving.url}/health") == 200
+        metrics = "/router/stats" if name == "router" else "/metrics"
+        for path in ("/v1/completions", metrics, "/slots"):
+            assert status(f"{serving.url}{path}") == 401, (name, path)
+        assert status(f"{serving.url}{metrics}", key) == 200
+        assert not any(key in argument for argument in process.cmdline())
+        assert key not in repr(serving)
+    runner.stop(handle)
+
+
+def status(url: str, key: str | None = None) -> int:
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as response:  # noqa: S310  the test's own servers
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def test_an_actor_that_is_killed_takes_its_engine_along(make_runner: MakeRunner, tmp_path: Path) -> None:

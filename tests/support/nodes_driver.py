@@ -418,6 +418,26 @@ def status(url: str, key: str | None) -> int:
         return error.code
 
 
+def swept(trials: Trials) -> dict[str, object]:
+    """Processes of the study whose coordinators were on a host that has left the cluster, and on this one."""
+    me = ProcessId.of(os.getpid())
+    strays = {}
+    for name, coordinator in (("gone", ProcessId(host="long-gone", pid=1, created_s=1)), ("here", me)):
+        env = {**os.environ, **Tags(study=STUDY, trial=name, coordinator=coordinator).environment()}
+        strays[name] = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=env)
+    time.sleep(0.5)  # until they are what their environments say
+    try:
+        with trials.runner() as runner:
+            return {
+                "ended": sorted({process.trial for process in runner.ended_orphans}),
+                "alive": sorted(name for name, stray in strays.items() if stray.poll() is None),
+            }
+    finally:
+        for stray in strays.values():
+            stray.kill()
+            stray.wait()
+
+
 def unleased(trials: Trials) -> dict[str, object]:
     """A process of a trial that its coordinator does not run."""
     tags = Tags(study=STUDY, trial="nobody's", coordinator=ProcessId.of(os.getpid()))
@@ -456,6 +476,7 @@ def main(folder: Path, wanted: Sequence[str]) -> None:
                 "classes": lambda: classes(trials),
                 "secured": lambda: secured(trials),
                 "memory": lambda: memory(trials, folder),
+                "swept": lambda: swept(trials),
                 "unleased": lambda: unleased(trials),
                 "apart": lambda: no_shared_folder(trials) if apart else None,
                 "silent": lambda: silent_node(trials, nodes),

@@ -35,6 +35,8 @@ METRICS: Mapping[str, str] = {
 }
 """The figures of a replica's `/metrics` that are recorded, under our names."""
 HELP = HelpRequest(help=("serve", "--help=all"), package="vllm")
+RANK_PROCESS_BYTES = 2.0e9
+"""What a rank takes on a CPU besides weights and KV cache (libraries, buffers): vLLM 0.32 with a small model."""
 _ALWAYS_SAID = ("max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "enable_prefix_caching")
 """Options that the command line always states: what vLLM does when left alone depends on the GPU."""
 _WHERE_NOT_DEFAULT = (
@@ -108,6 +110,12 @@ class VllmBackend:
     def needs_shared_folder(self, config: ServingConfig) -> bool:
         """True where KV caches go through files."""
         return any(pool.option("kv_connector", "") == FILE_CONNECTOR for pool in config.pools)
+
+    def host_memory_bytes(self, replica: ReplicaSpec) -> float:
+        """Bytes of a replica on a CPU: weights, the KV cache that it takes at once, and the process of each rank."""
+        sizes = replica.pool.parallelism
+        kv_bytes = float(_option(replica.pool, "cpu_kv_cache_gib")) * 2**30
+        return sizes.dp * replica.model.weight_bytes + sizes.ranks * (kv_bytes + RANK_PROCESS_BYTES)
 
     def span_refusal(self, pool: Pool, devices: tuple[int, ...]) -> str | None:
         """A replica spans nodes by its data-parallel ranks, or where it has none by its other ranks."""

@@ -1,15 +1,24 @@
-"""What earlier studies in the same storage teach a new one: how wrong the model was on problems related to its own."""
+"""What earlier studies in the same storage give to a new one that is related.
+
+They teach it how wrong the model was, and the members of their fronts, at the nearest settings that the new space has,
+are its seeds: they are measured right after the defaults.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from perf_model.calibration import Observation
+from search_spaces.nearest import nearest
 from search_spaces.problem import Problem
+from search_spaces.rules import infeasibility
+from search_spaces.serving import Candidate
+from search_spaces.space import Space
 from studies.errors import StudyFormatError
 from studies.history import StudyHistory, study_names
+from studies.pareto import front
 from studies.storage import Storage
 from tuner.devices import load_devices
 from tuner.places import Place
@@ -22,13 +31,22 @@ MOST_STUDIES, MOST_TRIALS = 3, 60
 """Related studies that a new one learns from, the latest of them, and measured trials of each, the latest ones."""
 
 
+MOST_SEEDS, SEEDS_OF_BUDGET = 8, 4
+"""Seeds from fronts of earlier studies: at most 8, and at most a quarter of the budget of trials."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """What one earlier study teaches, and what it has in common with the new one."""
+    """What one earlier study gives, and what it has in common with the new one.
+
+    `front` are the members of its front, best first in its first objective, and `node_types` the devices of its pools.
+    """
 
     study: str
     relation: str
     observations: tuple[Observation, ...]
+    front: tuple[Candidate, ...] = ()
+    node_types: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.study} ({len(self.observations)} measurements, {self.relation})"
@@ -77,9 +95,55 @@ def _lesson(history: StudyHistory, place: Place, file: StudyFile, problem: Probl
     relation = _relation(theirs, problem) if set(other.engines) & set(file.engines) else None
     if relation is None:
         return None
-    measured = [(t.candidate, t.measurement.metrics.flat()) for t in history.trials() if t.candidate and t.measurement]
+    trials = history.trials()
+    measured = [(t.candidate, t.measurement.metrics.flat()) for t in trials if t.candidate and t.measurement]
     observed = make_predictor(theirs, other).observed(measured[-MOST_TRIALS:], study=other.name)
-    return Lesson(study=other.name, relation=relation, observations=tuple(observed))
+    return Lesson(
+        study=other.name,
+        relation=relation,
+        observations=tuple(observed),
+        front=tuple(trial.candidate for trial in front(trials, history.directions) if trial.candidate),
+        node_types={pool.name: pool.device.name for pool in theirs.node_pools},
+    )
+
+
+def seeds(found: Sequence[Lesson], space: Space, budget_trials: int) -> dict[str, tuple[Candidate, ...]]:
+    """Candidates of `space` from the fronts of `found` studies, by study, those of the first one first.
+
+    Each is the nearest that the space has and can run; none comes twice, and no default. Of a front with too many
+    members those are taken that lie evenly along it.
+    """
+    most = min(MOST_SEEDS, budget_trials // SEEDS_OF_BUDGET)
+    known = {space.default(mode, engine).key for mode in space.modes for engine in space.engines}
+    chosen: dict[str, tuple[Candidate, ...]] = {}
+    for lesson in found:
+        mapped = [nearest(space, candidate, _pools(lesson, space.problem)) for candidate in lesson.front]
+        fitting = {c.key: c for c in mapped if c is not None and infeasibility(c, space.problem) is None}
+        fresh = [candidate for key, candidate in fitting.items() if key not in known]
+        taken = _evenly(fresh, most - sum(map(len, chosen.values())))
+        known |= {candidate.key for candidate in taken}
+        chosen |= {lesson.study: taken} if taken else {}
+    return chosen
+
+
+def _pools(lesson: Lesson, problem: Problem) -> dict[str, str]:
+    """Node pools of the problem by those of an earlier study: of the same name, else with the same devices."""
+    ours = {pool.device.name: pool.name for pool in reversed(problem.node_pools)}
+    names = {pool.name for pool in problem.node_pools}
+    return {
+        name: name if name in names else ours[device]
+        for name, device in lesson.node_types.items()
+        if name in names or device in ours
+    }
+
+
+def _evenly(candidates: Sequence[Candidate], count: int) -> tuple[Candidate, ...]:
+    """`count` of `candidates` at equal distances, the first and the last among them."""
+    if len(candidates) <= count:
+        return tuple(candidates)
+    if count <= 1:
+        return tuple(candidates[: max(0, count)])
+    return tuple(candidates[round(i * (len(candidates) - 1) / (count - 1))] for i in range(count))
 
 
 def _relation(theirs: Problem, ours: Problem) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 
@@ -25,7 +25,7 @@ from studies.storage import Storage, faults_told, open_storage
 from studies.study import Study, StudySetup, create_study, open_study
 from tuner.access import Cluster, Connect
 from tuner.devices import load_devices, save_devices
-from tuner.earlier import lessons
+from tuner.earlier import Lesson, lessons, seeds
 from tuner.loop import LearningModel, Search, SearchPlan
 from tuner.observer import Observer
 from tuner.places import Place
@@ -93,8 +93,11 @@ def _run(
         problem = make_problem(file, devices)
         for line in own_notes(problem):
             observer.note(line)
-        model = LearningModel(_taught(make_predictor(problem, file), storage, place, file, problem, observer))
+        found = lessons(storage, place, file, problem) if file.earlier_studies == "related" else ()
+        model = LearningModel(_taught(make_predictor(problem, file), found, observer))
         setup = _setup(file, place, stored, problem, model, cluster.trials_at_once)
+        if not (history and progress_of(history.trials()).finished):
+            setup = _seeded(setup, found, observer)
         study = open_study(storage, setup, lease) if history else create_study(storage, setup, lease)
         reason = _search(study, file, place, model, cluster, stop, observer)
         study.flush()
@@ -102,19 +105,20 @@ def _run(
         return Ended(reason=reason, stop_order=order, report=make_report(study.history, file))
 
 
-def _taught(
-    predictor: CalibratedPredictor,
-    storage: Storage,
-    place: Place,
-    file: StudyFile,
-    problem: Problem,
-    observer: Observer,
-) -> CalibratedPredictor:
-    """`predictor` with what related studies in `storage` teach it."""
-    found = lessons(storage, place, file, problem) if file.earlier_studies == "related" else ()
+def _taught(predictor: CalibratedPredictor, found: Sequence[Lesson], observer: Observer) -> CalibratedPredictor:
+    """`predictor` with what related studies teach it."""
     if found:
         observer.note(f"the model is corrected by earlier studies: {'; '.join(map(str, found))}")
     return replace(predictor, earlier=tuple(o for lesson in reversed(found) for o in lesson.observations))
+
+
+def _seeded(setup: StudySetup, found: Sequence[Lesson], observer: Observer) -> StudySetup:
+    """`setup` of a study that begins, with seeds from the fronts of related studies."""
+    chosen = seeds(found, setup.space, setup.budget_trials)
+    if chosen:
+        counts = "; ".join(f"{study} ({len(candidates)} candidates)" for study, candidates in chosen.items())
+        observer.note(f"seeds are taken from the fronts of earlier studies: {counts}")
+    return replace(setup, seeds=tuple(candidate for candidates in chosen.values() for candidate in candidates))
 
 
 def lease_times() -> LeaseTimes:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from search_spaces.rules import infeasibility
+from search_spaces.serving import Mode
 from studies.history import StudyHistory
+from studies.records import Origin
 from studies.storage import open_storage
-from tests.studies.toy import toy_problem
+from tests.studies.toy import toy_problem, wide_space
 from tests.tuner.test_session import Bench
-from tuner.earlier import _relation
+from tuner.earlier import MOST_SEEDS, Lesson, _relation, seeds
 from tuner.places import Place
 
 METRIC = "ttft_p50_ms"
@@ -60,6 +63,51 @@ def test_a_resume_learns_from_no_study_that_began_later(bench: Bench) -> None:
     bench.run("name=second", "budget.trials=7")
     assert len(notes(bench)) == 1
     assert "toy (7 measurements" in notes(bench)[0]
+
+
+def seeded(bench: Bench) -> list[str]:
+    return [note for note in bench.observer.notes if note.startswith("seeds are taken from the fronts")]
+
+
+def test_a_related_study_measures_the_front_of_the_last_one_early(bench: Bench) -> None:
+    first = bench.run("budget.trials=10").report
+    assert seeded(bench) == []
+    second = bench.run("name=second", "workload.osl=24", "budget.trials=16").report
+    (note,) = seeded(bench)
+    own = [t for t in second.trials if t.origin is Origin.SEED]
+    assert note.endswith(f"toy ({len(own)} candidates)")
+    fronts = {trial.key for trial in first.front}
+    defaults = {trial.key for trial in second.trials if trial.origin is Origin.DEFAULT}
+    assert {trial.key for trial in own} <= fronts - defaults
+    assert 1 <= len(own) <= 4, "a quarter of the budget at most"
+    assert len(own) == min(4, len(fronts - defaults))
+    assert [t.number for t in own] == list(range(len(defaults), len(defaults) + len(own)))
+    bench.observer.notes.clear()
+    again = bench.run("name=second", "workload.osl=24", "budget.trials=17").report
+    assert seeded(bench) == []
+    assert sum(t.origin is Origin.SEED for t in again.trials) == len(own), "a resume seeds nothing more"
+
+
+def test_a_study_that_refuses_others_has_no_seeds_of_theirs(bench: Bench) -> None:
+    bench.run("budget.trials=10")
+    report = bench.run("name=second", "budget.trials=16", "earlier_studies=none").report
+    assert seeded(bench) == []
+    assert not any(trial.origin is Origin.SEED for trial in report.trials)
+
+
+def test_seeds_are_what_the_new_space_has_and_can_run() -> None:
+    space = wide_space(toy_problem())
+    start = space.default(Mode.AGGREGATED)
+    members = (start, *space.neighbours(start))
+    lesson = Lesson(study="s", relation="r", observations=(), front=members, node_types={"gone": "core"})
+    chosen = seeds([lesson], space, 100)["s"]
+    assert len(chosen) == MOST_SEEDS
+    assert len({candidate.key for candidate in chosen}) == MOST_SEEDS
+    assert start not in chosen, "defaults are measured anyway"
+    assert all(infeasibility(candidate, space.problem) is None for candidate in chosen)
+    assert seeds([lesson], space, 3) == {}, "a small budget is left to the search"
+    elsewhere = replace(space, modes=(Mode.DISAGGREGATED,))
+    assert seeds([lesson], elsewhere, 100) == {}
 
 
 def test_studies_are_related_by_model_or_by_nodes() -> None:

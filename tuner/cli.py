@@ -14,6 +14,7 @@ from search_spaces.errors import TunerError
 from tuner.config_cli import config_app, profiles_app
 from tuner.deploy.command import bench, deploy
 from tuner.perf import perf_app
+from tuner.plan_cli import plan_command
 from tuner.predict import predict
 from tuner.remote import add_commands
 from tuner.score_cli import rescore
@@ -40,6 +41,7 @@ app.add_typer(perf_app, name="perf")
 app.add_typer(config_app, name="config")
 app.add_typer(profiles_app, name="profiles")
 app.command("predict")(predict)
+app.command("plan")(plan_command)
 app.command("deploy")(deploy)
 app.command("bench")(bench)
 

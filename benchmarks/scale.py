@@ -370,7 +370,7 @@ class Meter:
         self.notes: list[str] = []
         self._process = psutil.Process()
         self._say = say
-        self._asks_s = self._asked_s = 0.0
+        self._asks_s = self._asked_s = self._ask_s = 0.0
         self._ask: dict[int, tuple[float, float]] = {}
         self._over: list[tuple[float, Trial]] = []
         self._open: list[Cost] = []
@@ -383,6 +383,7 @@ class Meter:
     def asked(self) -> None:
         """The loop has a proposal, and hands it over."""
         self._asked_s = time.monotonic()
+        self._ask_s = self._asked_s - self._asks_s
 
     def over(self, trial: Trial) -> None:
         """The runner gives out the outcome of `trial`."""
@@ -394,7 +395,7 @@ class Meter:
 
     def begun(self, proposal: Proposal) -> None:
         """As `tuner.observer.Observer`."""
-        self._ask[proposal.trial_number] = (self._asked_s - self._asks_s, time.monotonic() - self._asked_s)
+        self._ask[proposal.trial_number] = (self._ask_s, time.monotonic() - self._asked_s)
 
     def ended(self, record: TrialRecord, _problem: Problem) -> None:
         """As `tuner.observer.Observer`."""

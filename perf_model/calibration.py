@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 from statistics import median
 
@@ -50,8 +50,8 @@ EXACT = frozenset({"devices", "price_per_hour", "error_rate"})
 NOTHING_LOG_RATIO, LARGEST_LOG_RATIO = -3.0, 7.0
 """What a measured 0 counts as where something was predicted (a twentieth); ratios beyond the other bound are cut."""
 
-REMEMBERED = 50_000
-"""Raw predictions that are kept."""
+REMEMBERED = 10_000
+"""Raw predictions that are kept, those that were asked for last."""
 
 Measured = tuple[Candidate, Mapping[str, float]]
 """A candidate and its measured metrics by name."""
@@ -107,13 +107,14 @@ class CalibratedPredictor:
         return [answers.get(index, prediction) for index, prediction in enumerate(raw)]
 
     def raw(self, candidates: Sequence[Candidate]) -> list[Prediction]:
-        """What the uncorrected model says; it is asked once for every candidate."""
-        if len(self._raw) > REMEMBERED:
-            self._raw.clear()
+        """What the uncorrected model says; what was asked lately is remembered."""
         missing = list(dict.fromkeys(candidate for candidate in candidates if candidate not in self._raw))
-        if missing:
-            self._raw.update(zip(missing, self.model.predict(missing), strict=True))
-        return [self._raw[candidate] for candidate in candidates]
+        new = dict(zip(missing, self.model.predict(missing), strict=True)) if missing else {}
+        answers = {c: self._raw.pop(c) if c in self._raw else new[c] for c in dict.fromkeys(candidates)}
+        self._raw.update(answers)  # at the end: they were asked for last
+        for oldest in list(islice(self._raw, max(0, len(self._raw) - REMEMBERED))):
+            del self._raw[oldest]
+        return [answers[candidate] for candidate in candidates]
 
     def learned(self, measured: Sequence[Measured]) -> CalibratedPredictor:
         """This predictor calibrated anew on every measurement given, in the order in which they were made."""

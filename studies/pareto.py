@@ -89,9 +89,12 @@ def study_reference(trials: Sequence[TrialRecord], directions: Sequence[Directio
 
 
 def hypervolume_history(
-    trials: Sequence[TrialRecord], directions: Sequence[Direction], reference: Points | None = None
+    trials: Sequence[TrialRecord],
+    directions: Sequence[Direction],
+    reference: Points | None = None,
+    last: int | None = None,
 ) -> tuple[HypervolumePoint, ...]:
-    """Hypervolume of the front after each finished trial, in the order in which they ended.
+    """Hypervolume of the front after each finished trial, or each of the `last` ones, in the order of their ends.
 
     The front is kept up step by step, so that n trials cost n small fronts; a repeat moves a mean, so that the front is
     taken anew then. Only a repeat can make the hypervolume fall.
@@ -100,10 +103,11 @@ def hypervolume_history(
     if against is None:
         return ()
     history: list[HypervolumePoint] = []
-    best: Points = np.empty((0, len(directions)))
-    value = 0.0
     finished = sorted((trial for trial in trials if trial.is_finished), key=_end_order)
-    for count, trial in enumerate(finished, start=1):
+    before = 0 if last is None else max(0, len(finished) - last)
+    best = _front_points(finished[:before], directions)
+    value = hypervolume(best, against, directions)
+    for count, trial in enumerate(finished[before:], start=before + 1):
         if trial.is_repeat:
             best = _front_points(finished[:count], directions)
             value = hypervolume(best, against, directions)

@@ -76,6 +76,7 @@ class ScreenedBreeding:
         self._population = population
         self._request: Request | None = None
         self._choice: Choice | None = None
+        self._last: tuple[optuna.Study, dict[str, BaseDistribution], list[FrozenTrial]] | None = None
 
     def expect(self, request: Request) -> None:
         """The next call is for `request`."""
@@ -93,11 +94,17 @@ class ScreenedBreeding:
         request = self._request
         if request is None:
             return {}
-        current = self._with_latest(study, parents)
-        children = self._breed(study, search_space, current, request)
-        self._choice = self._screen.choose(children, request)
+        self._last = (study, search_space, parents)
+        self._choice = self._screen.choose(self.children(request), request)
         genotype = self._space.encode(self._choice.candidate)
         return {name: value for name, value in genotype.items() if name in search_space}
+
+    def children(self, request: Request) -> list[Candidate]:
+        """The children that would be bred for `request` now, of the parents of the last one; none before it."""
+        if self._last is None:
+            return []
+        study, search_space, parents = self._last
+        return self._breed(study, search_space, self._with_latest(study, parents), request)
 
     def _with_latest(self, study: optuna.Study, parents: list[FrozenTrial]) -> list[FrozenTrial]:
         """The elite of `parents` and of the trials told last.

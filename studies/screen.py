@@ -26,6 +26,9 @@ Predict = Callable[[Sequence[Candidate]], list[Prediction]]
 SAMPLED, INCUMBENTS, REFINED = 96, 6, 6
 """Random candidates of a proposal; members of the front, and the model's favourites, whose neighbours are looked at."""
 
+THOUGHT_AT_ONCE = 8
+"""Candidates that are predicted in one step of thinking ahead: some ten milliseconds."""
+
 UNSCREENED_EVERY = 10
 HOPELESS = 0.1
 """Even an unscreened proposal starts and holds with this probability."""
@@ -126,6 +129,34 @@ class Screen:
         known = {option.key for option in options}
         options += self._options(self._fresh(near, request, known), request)
         return self._decide(options, appraiser.appraise(options), request)
+
+    def think(self, suggested: Sequence[Candidate], request: Request) -> Iterator[None]:
+        """Predict what `choose` will want to know, `THOUGHT_AT_ONCE` candidates a step: a model remembers its answers.
+
+        What differs in `choose` are the trials told meanwhile: most of the candidates are the same.
+        """
+        if self._predict is None or request.is_unscreened:
+            return
+        pool = [*suggested, *self._warm_candidates(request), *self._around_front(request), *self._sample(request)]
+        options: list[Option] = []
+        yield from self._think_of(pool, request, options)
+        if options:
+            appraiser = Appraiser(self._problem, request.trials, self.numpy_seed(request.number))
+            best = appraiser.appraise(options).order[:REFINED]
+            yield
+            near = [other for index in best for other in self._space.neighbours(options[index].candidate)]
+            yield from self._think_of(near, request, [])
+
+    def _think_of(self, pool: Sequence[Candidate], request: Request, options: list[Option]) -> Iterator[None]:
+        """Predict those of `pool` that may be proposed; what can run is added to `options`."""
+        distinct = dict.fromkeys(pool)
+        able = [c for c in distinct if c.key not in request.tried and infeasibility(c, self._problem) is None]
+        for first in range(0, len(able), THOUGHT_AT_ONCE):
+            part = able[first : first + THOUGHT_AT_ONCE]
+            for candidate, prediction in zip(part, self._predict(part) if self._predict else (), strict=True):
+                if prediction.infeasible is None:
+                    options.append(Option(candidate=candidate, key=candidate.key, prediction=prediction))
+            yield
 
     def _decide(self, options: Sequence[Option], worth: Worth, request: Request) -> Choice:
         """Choose the first of `worth` and write down the others."""

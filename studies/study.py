@@ -50,6 +50,7 @@ from studies.constraints import constraint_names, failed_violations, measured_vi
 from studies.errors import LeaseLostError, StudyExistsError, StudyFileChangedError
 from studies.generations import Generations
 from studies.history import (
+    EARLIER,
     POPULATION,
     STABILITY,
     STUDY_FILE,
@@ -255,9 +256,9 @@ class Study:
         """The Pareto front of the feasible measured trials."""
         return pareto.front(self.trials(), self.directions)
 
-    def hypervolume_history(self) -> tuple[pareto.HypervolumePoint, ...]:
-        """Hypervolume after each finished trial, against the reference point of all of them."""
-        return pareto.hypervolume_history(self.trials(), self.directions)
+    def hypervolume_history(self, last: int | None = None) -> tuple[pareto.HypervolumePoint, ...]:
+        """Hypervolume after each finished trial, or the `last` ones, against the reference point of all of them."""
+        return pareto.hypervolume_history(self.trials(), self.directions, last=last)
 
     def progress(self) -> Progress:
         """Counts of trials by state."""
@@ -266,6 +267,11 @@ class Study:
     def stability(self) -> Stability:
         """Noise and drift as far as repeats tell them, of the metrics of the question and the basic latencies."""
         return stability_of(self.trials(), asked_metrics(self.setup.problem))
+
+    def note_earlier(self, studies: Sequence[str]) -> None:
+        """Remember with the study which earlier ones it learns from, in words."""
+        if list(studies) != list(self.history.earlier):
+            self._writer.note_study(EARLIER, list(studies))
 
     @property
     def screened_out(self) -> int:
@@ -289,16 +295,31 @@ class Study:
         if control is not None:
             self._enqueue_repeat(control, Origin.CONTROL)
             return self.ask(warm)
-        trials = candidates_of(self.trials())
-        tried = {trial.key for trial in trials if trial.key is not None}
-        request = Request(number=len(self._mirror.records), trials=trials, tried=tried, warm=tuple(warm))
-        self._screen.require_untried(tried, request.number)
+        request = self._request(warm)
+        self._screen.require_untried(request.tried, request.number)
         is_nsga2 = self.setup.sampler is SamplerKind.NSGA2
         generation, bred = self._generations.next(request if is_nsga2 else None)
         plan = _plan(bred or self._screen.choose(self._suggested(request), request))
         self._writer.begin(plan, generation)
         self._mirror.read_new()
         return _proposal(request.number, plan)
+
+    def _request(self, warm: Sequence[ServingConfig]) -> Request:
+        trials = candidates_of(self._mirror.records)
+        tried = {trial.key for trial in trials if trial.key is not None}
+        return Request(number=len(self._mirror.records), trials=trials, tried=tried, warm=tuple(warm))
+
+    def think_ahead(self, warm: Sequence[ServingConfig] = ()) -> Iterator[None]:
+        """Let the model predict what the next `ask` will want to know, a few candidates at each step.
+
+        Nothing is written, and `ask` answers the same without it, only later. Begin anew after each ask and tell.
+        """
+        if any(trial.status is TrialStatus.WAITING for trial in self._mirror.records):
+            return
+        request = self._request(warm)
+        bred = self._breeding.children(request) if self.setup.sampler is SamplerKind.NSGA2 else []
+        yield
+        yield from self._screen.think(bred, request)
 
     def ask_repeat(self, warm: Sequence[ServingConfig] = ()) -> Proposal | None:
         """The next run of what was measured before: a control that is due, then members of the front that lack runs.

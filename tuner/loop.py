@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,9 +30,19 @@ from tuner.observer import RECENT_TRIALS, Observer, Snapshot, Trying
 from tuner.utilisation import Utilisation
 
 POLL_S = 0.1
+LEARNT_FROM = 400
+"""Measurements that the model learns from: half of them the latest, the others spread over all earlier ones.
+
+Learning and correcting cost the square of their number and more; a search ends near the front, where the latest are.
+"""
+LEARNT_ANEW = 100
+"""The model learns anew when a hundredth more was measured; until then what was is believed as predicted."""
 WAITING_PHASE = "placement"
 CONFIRMING_SHARE = 1 / 3
 """Share of a limited wall time that the search leaves for confirmations, at most."""
+
+
+DONE = object()
 
 
 class LearningModel:
@@ -41,22 +51,46 @@ class LearningModel:
     def __init__(self, predictor: CalibratedPredictor) -> None:
         self._learned = predictor
         self._predictor = predictor
+        self._known: frozenset[int] = frozenset()
 
     def predict(self, candidates: Sequence[Candidate]) -> list[Prediction]:
         """One prediction for each candidate, in order, as corrected so far."""
         return self._predictor.predict(candidates)
 
     def learn(self, trials: Sequence[TrialRecord]) -> None:
-        """Calibrate anew on all measured `trials`, and believe what is predicted of those being measured."""
-        ended = sorted((t for t in trials if t.measurement), key=lambda t: t.ended_at.timestamp() if t.ended_at else 0)
-        measured = [(t.candidate, t.measurement.metrics.flat()) for t in ended if t.candidate and t.measurement]
-        self._learned = self._learned.learned(measured)
+        """Calibrate anew on the measured `trials`, and believe what is predicted of those being measured."""
+        measured = {trial.number for trial in trials if trial.measurement}
+        is_behind = len(measured - self._known) > len(self._known) // LEARNT_ANEW
+        if not self._known or is_behind or not self._known <= measured:  # earlier studies teach before the first trial
+            ended = sorted((t for t in trials if t.measurement), key=_end_s)
+            known = [
+                (t.candidate, t.measurement.metrics.flat()) for t in sampled(ended) if t.candidate and t.measurement
+            ]
+            self._learned = self._learned.learned(known)
+            self._known = frozenset(measured)
         self.believe(trials)
 
     def believe(self, trials: Sequence[TrialRecord]) -> None:
         """Take what is being measured among `trials` for measured as predicted, so that nothing alike is asked."""
-        running = [trial.candidate for trial in trials if trial.status is TrialStatus.RUNNING and trial.candidate]
-        self._predictor = self._learned.believing(running)
+        self._predictor = self._learned.believing([t.candidate for t in trials if t.candidate and self._is_open(t)])
+
+    def _is_open(self, trial: TrialRecord) -> bool:
+        is_new = trial.measurement is not None and trial.number not in self._known
+        return is_new or trial.status is TrialStatus.RUNNING
+
+
+def sampled(trials: Sequence[TrialRecord], most: int = LEARNT_FROM) -> Sequence[TrialRecord]:
+    """`trials`, or where there are more than `most`: the latest half of so many, the rest evenly from all before."""
+    if len(trials) <= most:
+        return trials
+    latest = most // 2
+    earlier = trials[:-latest]
+    count = most - latest
+    return [*(earlier[i * len(earlier) // count] for i in range(count)), *trials[-latest:]]
+
+
+def _end_s(trial: TrialRecord) -> float:
+    return trial.ended_at.timestamp() if trial.ended_at else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +156,7 @@ class Search:
     _confirming: bool = False
     _started: float = 0.0
     _view: _View = field(init=False)
+    _thoughts: Iterator[None] = field(default_factory=lambda: iter(()))
 
     def run(self) -> StopReason | None:
         """Search until a reason to stop, then confirm the front; None where a stop was requested.
@@ -151,7 +186,7 @@ class Search:
         return sum(t.proposal.candidate.config.devices for t in self._trying if t.state.phase != WAITING_PHASE)
 
     def _look(self) -> None:
-        volumes = [point.hypervolume for point in self.study.hypervolume_history()]
+        volumes = [point.hypervolume for point in self.study.hypervolume_history(RECENT_TRIALS + 1)]
         trials = self.study.trials()
         self._view = _View(
             trials=trials,
@@ -215,6 +250,7 @@ class Search:
         self._trying.append(_InFlight(proposal=proposal, handle=handle, state=Running(phase="start", elapsed_s=0.0)))
         self._look()
         self.model.believe(self._view.trials)
+        self._thoughts = self.study.think_ahead(self.runner.warm())
         self.observer.begun(proposal)
 
     def _request(self, proposal: Proposal) -> TrialRequest:
@@ -246,8 +282,17 @@ class Search:
         if ended:
             self._look()
             self.model.learn(self._view.trials)
+            self._thoughts = self.study.think_ahead(self.runner.warm())
         elif self._trying:
-            self.sleep(POLL_S)
+            self._wait()
+
+    def _wait(self) -> None:
+        """Until the next poll is due: think ahead, and sleep when there is nothing to think of any more."""
+        until_s = self.clock() + POLL_S
+        while self.clock() < until_s:
+            if next(self._thoughts, DONE) is DONE:
+                self.sleep(POLL_S)
+                return
 
     def _tell(self, proposal: Proposal, outcome: Outcome) -> None:
         """Record the outcome; its files are artefacts of the study then, and their first copies go."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from multiprocessing.synchronize import Event
@@ -17,8 +18,8 @@ from optuna.storages import InMemoryStorage
 
 from search_spaces.errors import TunerError
 from search_spaces.metrics import Percentiles
-from search_spaces.outcome import Failure, FailureReason
-from search_spaces.serving import Mode
+from search_spaces.outcome import Failure, FailureReason, Prediction
+from search_spaces.serving import Candidate, Mode
 from studies.errors import StudyBusyError, StudyExistsError, StudyNotFoundError
 from studies.pareto import hypervolume, points_of
 from studies.records import Origin, Proposal, TrialRecord, TrialStatus
@@ -80,6 +81,39 @@ def test_the_screen_finds_more_hypervolume_than_nsga2_alone(tmp_path: Path) -> N
         return hypervolume(points_of(study.front()), reference, axes)
 
     assert min(found(seed, biased_model(1.3)) for seed in range(3)) > max(found(seed, None) for seed in range(3))
+
+
+def test_thinking_ahead_changes_no_answer_and_leaves_little_to_predict(tmp_path: Path) -> None:
+    """In the first generation and beyond, with a trial that is told between the thought and the ask."""
+    plain, predicted = _proposed(tmp_path / "plain", thinks=False)
+    ahead, left = _proposed(tmp_path / "ahead", thinks=True)
+    assert ahead == plain
+    assert left < predicted / 3
+
+
+def _proposed(folder: Path, *, thinks: bool) -> tuple[list[str | None], float]:
+    """Keys of 16 trials, and how many candidates every second ask has predicted that no thought had, the median."""
+    asked: list[Candidate] = []
+
+    def counting(candidates: Sequence[Candidate]) -> list[Prediction]:
+        asked.extend(candidates)
+        return biased_model()(candidates)
+
+    left = []
+    setup = toy_setup(folder, space=SPACE, predict=counting, budget_trials=16)
+    with create_study(open_storage(f"sqlite:///{folder}/s.db"), setup) as study:
+        for _ in range(8):
+            first = study.ask()
+            asked.clear()
+            for _ in study.think_ahead() if thinks else ():
+                pass
+            thought = set(asked)
+            tell(study, first)
+            asked.clear()
+            second = study.ask()
+            left.append(len(set(asked) - thought))
+            tell(study, second)
+        return [trial.key for trial in study.trials()], statistics.median(left)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from studies.storage import open_storage
 from studies.study import Study, create_study
 from tests.studies.toy import biased_model, toy_problem, toy_setup, wide_space
 from tests.support.memory_runner import MemoryRunner, Silence
-from tuner.loop import LearningModel, Search, SearchPlan, recent_gain
+from tuner.loop import LearningModel, Search, SearchPlan, recent_gain, sampled
 
 
 class Biased:
@@ -68,6 +69,40 @@ def test_every_measurement_corrects_the_model(tmp_path: Path) -> None:
         assert abs(ratio - 1) <= error + 1e-9
     assert first.prediction is not None
     assert first.prediction.log_stddev["ttft_p50_ms"] > last.prediction.log_stddev["ttft_p50_ms"]  # type: ignore[union-attr]  # asserted above
+
+
+def test_what_is_learnt_from_is_bounded_and_has_the_latest_in_full() -> None:
+    numbers = list(range(1000))
+    assert sampled(numbers[:400], 400) == numbers[:400]  # type: ignore[type-var]  # any items will do
+    chosen = sampled(numbers, 400)  # type: ignore[type-var]  # as above
+    assert chosen[200:] == numbers[800:]
+    assert chosen[:200] == numbers[0:800:4]
+    assert len(sampled(numbers[:401], 400)) == 400  # type: ignore[type-var]  # as above
+
+
+def test_a_large_study_learns_anew_when_a_hundredth_more_was_measured(tmp_path: Path) -> None:
+    fits: list[int] = []
+
+    class Counted(CalibratedPredictor):
+        def learned(self, measured: object) -> CalibratedPredictor:
+            fits.append(len(measured))  # type: ignore[arg-type]  # a sequence
+            return self
+
+        def believing(self, candidates: object) -> CalibratedPredictor:
+            believed.append(len(candidates))  # type: ignore[arg-type]  # a sequence
+            return self
+
+    believed: list[int] = []
+    model = LearningModel(Counted(model=Biased()))
+    study = make_study(tmp_path, model, 6, 1)
+    search(study, MemoryRunner(polls=0), tmp_path, 1, model).run()
+    one = study.trials()[0]
+    many = [replace(one, number=number) for number in range(300)]
+    fits.clear(), believed.clear()
+    for count in range(250, 260):
+        model.learn(many[:count])
+    assert fits == [250, 253, 256, 259]
+    assert believed == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0], "what is not learnt yet is believed as predicted"
 
 
 def test_an_exception_leaves_no_trial_in_flight(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from studies.storage import Storage
 
 STUDY_FILE, STUDY_HASH, STUDY_SCHEMA = "study_file", "study_file_sha256", "schema"
 POPULATION = "population_size"
+EARLIER = "earlier_studies"
+"""Earlier studies that taught this one or gave it seeds, in words."""
 STABILITY = "stability"
 """Noise and drift, as `studies.noise.Stability`, after the last repeat."""
 _FINISHED = (OptunaState.COMPLETE, OptunaState.FAIL, OptunaState.PRUNED)
@@ -69,6 +71,11 @@ class StudyHistory:
     def study_file(self) -> str:
         """The resolved study file that the study was made with."""
         return str(self._study.user_attrs[STUDY_FILE])
+
+    @property
+    def earlier(self) -> tuple[str, ...]:
+        """Earlier studies that taught this one or gave it seeds, in words."""
+        return tuple(map(str, self._study.user_attrs.get(EARLIER, ())))
 
     def trials(self) -> tuple[TrialRecord, ...]:
         """All trials by number. Finished ones never change and are decoded once."""

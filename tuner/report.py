@@ -36,7 +36,8 @@ Z_90 = 1.6449
 class StudyReport:
     """A study as it stands: its name, question and trials, whether it can still go on (`status`), and its storage.
 
-    `trials` holds every run; what is compared are candidates, each with the means of its runs.
+    `trials` holds every run; what is compared are candidates, each with the means of its runs. `earlier` are the
+    earlier studies that taught it or gave it seeds, in words.
     """
 
     name: str
@@ -44,6 +45,7 @@ class StudyReport:
     problem: Problem
     trials: tuple[TrialRecord, ...]
     storage: str
+    earlier: tuple[str, ...] = ()
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -256,6 +258,7 @@ def _head(report: StudyReport) -> list[RenderableType]:
         Text(f"  SLOs        {slos or 'none'}"),
         Text(f"  spent       {spent_text(report)}"),
         Text(f"  storage     {report.storage}"),
+        *(Text(f"  learnt from {study}") for study in report.earlier),
     ]
 
 
@@ -382,6 +385,7 @@ def _overview(report: StudyReport) -> dict[str, Json]:
         "status": report.status,
         "emulated": report.emulated,
         "storage": report.storage,
+        "earlier_studies": list(report.earlier),
         "objectives": [
             {"metric": name, "direction": str(direction), "unit": METRICS[name].unit}
             for name, direction in zip(report.objectives, report.directions, strict=True)

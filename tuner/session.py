@@ -99,6 +99,7 @@ def _run(
         if not (history and progress_of(history.trials()).finished):
             setup = _seeded(setup, found, observer)
         study = open_study(storage, setup, lease) if history else create_study(storage, setup, lease)
+        study.note_earlier([str(lesson) for lesson in found])
         reason = _search(study, file, place, model, cluster, stop, observer)
         study.flush()
         order = f"stopped on the order of {lease.stop_order.by}" if lease.stop_order and reason is None else None

@@ -38,5 +38,10 @@ def make_report(history: StudyHistory, file: StudyFile) -> StudyReport:
     repeats = f", {progress.repeats} repeats" if progress.repeats else ""
     text = f"{status}, {progress.finished} of {file.budget.trials} trials{repeats}"
     return StudyReport(
-        name=history.name, status=text, problem=make_problem(file), trials=trials, storage=history.storage.url
+        name=history.name,
+        status=text,
+        problem=make_problem(file),
+        trials=trials,
+        storage=history.storage.url,
+        earlier=history.earlier,
     )

@@ -17,6 +17,7 @@ from tests.studies.toy import toy_problem, wide_space
 from tests.tuner.test_session import Bench
 from tuner.earlier import MOST_SEEDS, Lesson, _relation, seeds
 from tuner.places import Place
+from tuner.report import show_json
 
 METRIC = "ttft_p50_ms"
 
@@ -82,6 +83,8 @@ def test_a_related_study_measures_the_front_of_the_last_one_early(bench: Bench) 
     assert 1 <= len(own) <= 4, "a quarter of the budget at most"
     assert len(own) == min(4, len(fronts - defaults))
     assert [t.number for t in own] == list(range(len(defaults), len(defaults) + len(own)))
+    assert second.earlier == ("toy (10 measurements, model tiny too)",)
+    assert show_json(second)["earlier_studies"] == list(second.earlier)
     bench.observer.notes.clear()
     again = bench.run("name=second", "workload.osl=24", "budget.trials=17").report
     assert seeded(bench) == []

@@ -21,8 +21,10 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy.linalg import cho_factor, cho_solve, solve_triangular
+from numpy.typing import ArrayLike, NDArray
+from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg.blas import dtrsm
+from scipy.linalg.lapack import dtrtri
 from scipy.optimize import minimize
 
 from perf_model.numeric import FloatArray, IntArray, floats
@@ -33,6 +35,9 @@ FITTED_ON_AT_MOST = 160
 
 OUTLIER, OUTLIER_PASSES = 3.0, 3
 """Leave-one-out residuals beyond this many standard deviations are outliers; passes in which they are told apart."""
+
+_BLOCK = 1 << 16
+"""Entries of a kernel that are computed together."""
 
 WIDTH_PRIOR_OBSERVATIONS = 10.0
 """How many residuals of unit size the width of the intervals starts from."""
@@ -129,12 +134,15 @@ class HyperPrior:
 
 @dataclass(frozen=True, kw_only=True)
 class _Distances:
-    """Pairwise facts between two sets of candidates, each (a, b)."""
+    """Pairwise facts between two sets of candidates, each (a, b), and the doubts of both, (a,) and (b,).
 
-    mismatches: IntArray
+    `mismatches` are small integers of one byte each: they are read more often than anything else.
+    """
+
+    mismatches: NDArray[np.uint8]
     size: FloatArray
     load: FloatArray
-    doubt: FloatArray
+    doubts: tuple[FloatArray, FloatArray]
 
 
 def _squared(first: FloatArray, second: FloatArray) -> FloatArray:
@@ -143,28 +151,55 @@ def _squared(first: FloatArray, second: FloatArray) -> FloatArray:
 
 
 def _distances(first: Features, second: Features) -> _Distances:
-    mismatches = np.zeros((len(first), len(second)), dtype=np.int64)
-    for left, right in zip(first.categories.T, second.categories.T, strict=True):
-        mismatches += left[:, None] != right[None, :]
     return _Distances(
-        mismatches=mismatches,
+        mismatches=_mismatches(first.categories, second.categories),
         size=_squared(first.sizes, second.sizes),
         load=_squared(first.loads, second.loads),
-        doubt=np.outer(first.doubt, second.doubt),
+        doubts=(first.doubt, second.doubt),
     )
+
+
+def _mismatches(first: IntArray, second: IntArray) -> NDArray[np.uint8]:
+    """Number of categories (a, b) in which candidates differ."""
+    found = np.zeros((len(first), len(second)), dtype=np.uint8)
+    for column in range(first.shape[1]):
+        names = np.unique(np.concatenate([first[:, column], second[:, column]]), return_inverse=True)[1]
+        if names.max(initial=0) > 0:
+            small = names.astype(np.uint8 if names.max() < 256 else np.int64)
+            found += small[: len(first), None] != small[None, len(first) :]
+    return found
 
 
 def _parts(gap: _Distances, hyper: Hyperparameters) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Bias, level and trend parts of the kernel; the noise is not among them."""
-    powers = hyper.rho ** np.arange(1 + gap.mismatches.max(initial=0))
-    alike = gap.doubt * powers[gap.mismatches]
+    doubt = np.outer(*gap.doubts)
+    alike = doubt * _powers(gap, hyper)[gap.mismatches]
     near = np.exp((-0.5 / hyper.size_scale**2) * gap.size - (0.5 / hyper.load_scale**2) * gap.load)
-    return hyper.bias**2 * gap.doubt, hyper.level**2 * alike, hyper.trend**2 * alike * near
+    return hyper.bias**2 * doubt, hyper.level**2 * alike, hyper.trend**2 * alike * near
+
+
+def _powers(gap: _Distances, hyper: Hyperparameters) -> FloatArray:
+    return floats(hyper.rho ** np.arange(1 + int(gap.mismatches.max(initial=0))))
 
 
 def _kernel(gap: _Distances, hyper: Hyperparameters) -> FloatArray:
-    bias, level, trend = _parts(gap, hyper)
-    return bias + level + trend
+    """The sum of `_parts`, in blocks of rows that stay in a core's cache."""
+    rows, columns = gap.size.shape
+    kernel = np.empty((rows, columns))
+    powers = _powers(gap, hyper)
+    step = max(1, _BLOCK // max(1, columns))
+    for begin in range(0, rows, step):
+        at = slice(begin, begin + step)
+        block = np.multiply(gap.size[at], -0.5 / hyper.size_scale**2, out=kernel[at])
+        block -= gap.load[at] * (0.5 / hyper.load_scale**2)
+        np.exp(block, out=block)
+        block *= hyper.trend**2
+        block += hyper.level**2
+        block *= powers[gap.mismatches[at]]
+        block += hyper.bias**2
+        block *= gap.doubts[0][at, None]
+        block *= gap.doubts[1]
+    return kernel
 
 
 def _prior_variance(features: Features, hyper: Hyperparameters) -> FloatArray:
@@ -239,9 +274,14 @@ def correct_all(surrogates: Sequence[Surrogate], features: Features) -> tuple[Co
 def _share(surrogate: Surrogate, features: Features, gap: _Distances) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Covariance with the observations, the same half-solved, and standard deviations of width 1."""
     prior, cross = _prior_variance(features, surrogate.hyper), _kernel(gap, surrogate.hyper)
-    solved = solve_triangular(surrogate.factor, cross, lower=True, check_finite=False) if len(cross) else cross
+    solved = _half_solved(surrogate.factor, cross)
     variance = np.maximum(prior - np.einsum("ij,ij->j", solved, solved), 1e-12)
     return cross, solved, floats(np.sqrt(variance))
+
+
+def _half_solved(factor: FloatArray, cross: FloatArray) -> FloatArray:
+    """L^-1 C of the lower factor L (a, a) and C (a, b), by way of its transpose, which needs no copy in other order."""
+    return floats(dtrsm(1.0, factor.T, cross.T, side=1, lower=0).T) if cross.size else cross
 
 
 def _correct(surrogate: Surrogate, features: Features, share: tuple[FloatArray, FloatArray, FloatArray]) -> Correction:
@@ -327,10 +367,11 @@ def _solve(kernel: FloatArray, noise: FloatArray, target: FloatArray) -> tuple[F
 
 def _outlier_noise(factor: FloatArray, weights: FloatArray, noise: FloatArray, usual: float) -> FloatArray:
     """Noise variance of each observation: the usual one, or that at which its residual is OUTLIER deviations."""
-    precision = np.diag(cho_solve((factor, True), np.eye(len(weights)), check_finite=False))
+    inverse, _ = dtrtri(factor, lower=1)
+    precision = (inverse**2).sum(0)
     expected = 1.0 / precision - noise + usual
     squared = (weights / precision) ** 2 / expected
-    return usual + expected * np.maximum(squared / OUTLIER**2 - 1.0, 0.0)
+    return floats(usual + expected * np.maximum(squared / OUTLIER**2 - 1.0, 0.0))
 
 
 def _most_probable(

@@ -31,11 +31,15 @@ class Length:
 
 
 class Arrival(StrEnum):
-    """How requests arrive: `closed` keeps a number of requests in flight; the others are open loops."""
+    """How requests arrive: `closed` keeps a number of requests in flight; the others are open loops.
+
+    In a `trace` the gaps are recorded ones, scaled so that the mean rate is that of the load.
+    """
 
     CLOSED = "closed"
     POISSON = "poisson"
     CONSTANT = "constant"
+    TRACE = "trace"
 
     @property
     def is_open(self) -> bool:
@@ -66,11 +70,94 @@ class RateSearch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """Several requests in turn, each with all that was said before: `new_isl` tokens come with every turn.
+
+    The first `shared_prefix` (share) of the first turn is common to all conversations. The next turn is sent when the
+    answer has ended and `think_time_s` has passed. Its prompt holds tokens that are drawn in place of the answers,
+    since servers answer with text: a prefix cache knows all of it but those and what is new.
+    """
+
+    turns: Length
+    new_isl: Length
+    osl: Length
+    shared_prefix: float = 0.0
+    think_time_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(0 <= self.shared_prefix <= 1, f"shared_prefix={self.shared_prefix} must be in [0, 1]")
+        require(self.think_time_s >= 0, f"think_time_s={self.think_time_s} must not be negative")
+        require(self.turns.longest >= 2, f"turns mean={self.turns.mean} is no conversation; give at least 2")
+
+    @property
+    def longest_context(self) -> int:
+        """Most tokens that the last turn can hold."""
+        return self.turns.longest * (self.new_isl.longest + self.osl.longest)
+
+    @property
+    def inputs(self) -> tuple[float, float]:
+        """Mean input tokens of a request, over all turns, and how many of them an earlier request held."""
+        turns, new, out = float(self.turns.mean), float(self.new_isl.mean), float(self.osl.mean)
+        all_turns = sum(k * new + (k - 1) * out for k in range(1, self.turns.mean + 1))
+        held = sum(k * new + (k - 1) * out for k in range(1, self.turns.mean)) + self.shared_prefix * new
+        return all_turns / turns, held / turns
+
+    def workload(self, arrival: Arrival) -> Workload:
+        """The workload of such conversations: its input length is that of the requests as they are sent."""
+        mean, held = self.inputs
+        return Workload(
+            isl=around(mean, self.new_isl.shortest),
+            osl=self.osl,
+            arrival=arrival,
+            shared_prefix=held / mean,
+            conversation=self,
+        )
+
+
+class TraceFormat(StrEnum):
+    """Formats of recorded requests: Mooncake's JSON lines, and the CSV files of Azure's LLM inference traces."""
+
+    MOONCAKE = "mooncake"
+    AZURE = "azure"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Recorded requests to replay: those of `window_s` seconds from `start_s` on, in the time of the recording.
+
+    Requests of more than `longest` tokens (input and output) are left out. What the file holds of that is stated here,
+    so that nobody needs the file to reason about it: `requests` in the window, their own mean `request_rate` per
+    second, and the `longest_context` among them in tokens.
+    """
+
+    file: str
+    format: TraceFormat
+    start_s: float = 0.0
+    window_s: float | None = None
+    longest: int | None = None
+    requests: int
+    request_rate: float
+    longest_context: int
+
+    def __post_init__(self) -> None:
+        require(self.requests >= 2, f"the trace {self.file} has {self.requests} requests there; it takes at least 2")
+        require(self.request_rate > 0, f"request_rate={self.request_rate} of trace {self.file} must be above 0")
+
+
+def around(mean: float, shortest: int) -> Length:
+    """A length with this mean whose range begins near `shortest`: what is uneven is taken for uniform."""
+    whole = max(1, round(mean))
+    return Length(mean=whole, spread=min(0.99, max(0.0, 1 - shortest / whole)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """Requests with input length `isl` and output length `osl`.
 
     `shared_prefix` is the share of the input that all requests have in common. With a `rate_search` every trial looks
     for the highest rate that its deployment serves; the load of its candidate is then the upper end of the search.
+    Requests of a `conversation`, or of a `trace`, have their contents from there: the lengths are then means over all
+    requests, and `shared_prefix` is the share of the input that some request before held.
     """
 
     isl: Length
@@ -78,8 +165,16 @@ class Workload:
     arrival: Arrival = Arrival.CLOSED
     shared_prefix: float = 0.0
     rate_search: RateSearch | None = None
+    conversation: Conversation | None = None
+    trace: Trace | None = None
 
     def __post_init__(self) -> None:
+        require(
+            (self.trace is not None) == (self.arrival is Arrival.TRACE),
+            f"arrival={self.arrival} does not go with trace={self.trace}; requests of a trace arrive as in the trace",
+        )
+        require(self.trace is None or self.conversation is None, "a trace has its own conversations; give one of both")
+        require(self.trace is None or self.rate_search is None, "a trace has its own rate; leave rate_search out")
         require(
             self.rate_search is None or self.arrival.is_open,
             f"rate_search looks for a request rate, and arrival={self.arrival} has none; choose poisson or constant",
@@ -90,6 +185,10 @@ class Workload:
     @property
     def longest_context(self) -> int:
         """Most tokens that one request can hold."""
+        if self.trace is not None:
+            return self.trace.longest_context
+        if self.conversation is not None:
+            return self.conversation.longest_context
         return self.isl.longest + self.osl.longest
 
 

@@ -83,6 +83,8 @@ class Part:
 
 def grid_of(study: StudyFile, pool: NodePool, *, quick: bool) -> Grid:
     """Steps that `study` may meet on `pool`; `quick` leaves all but the default options out."""
+    from tuner.wiring import make_workload
+
     chosen = study.engines.get("llamacpp", {})
 
     def values(name: str) -> list[OptionValue]:
@@ -90,8 +92,8 @@ def grid_of(study: StudyFile, pool: NodePool, *, quick: bool) -> Grid:
         own = list(chosen.get(name, parameter.choices))
         return [parameter.default if parameter.default in own else own[0]] if quick else own
 
-    isl, osl = study.workload.isl, study.workload.osl
-    longest = round(isl.mean * (1 + isl.spread)) + round(osl.mean * (1 + osl.spread))
+    workload = make_workload(study)
+    isl, osl, longest = workload.isl, workload.osl, workload.longest_context
     slots = [int(v) for v in chosen.get("max_num_seqs", LLAMACPP.parameter("max_num_seqs").choices)]
     most = min(max(slots), MOST_SEQUENCES, int(max(study.workload.loads)) if study.workload.concurrency else max(slots))
     middle = isl.mean + osl.mean // 2

@@ -193,7 +193,7 @@ def _step_into_list(items: list[Any], key: str, value: object, override: str, *,
 
 
 def _absolute_paths(study: StudyFile, directory: Path, *, name: str) -> StudyFile:
-    """`study` with the paths of model and calibration made absolute; a path is relative to the study file."""
+    """`study` with the paths of model, calibration and trace made absolute; a path is relative to the study file."""
     model: dict[str, str] = {}
     for key, what in (("gguf", "a GGUF file or preset: tiny"), ("config", "a Hugging Face config.json")):
         given = getattr(study.model, key)
@@ -211,6 +211,12 @@ def _absolute_paths(study: StudyFile, directory: Path, *, name: str) -> StudyFil
         if not path.is_file():
             raise _error(name, [f"calibration: {str(path)!r} is no file; give shipped, none or the path of a prior"])
         update["calibration"] = str(path)
+    if study.workload.trace is not None:
+        path = (directory / Path(study.workload.trace.file).expanduser()).resolve()
+        if not path.is_file():
+            raise _error(name, [f"workload.trace.file: {str(path)!r} is no file; give the path of a trace"])
+        trace = study.workload.trace.model_copy(update={"file": str(path)})
+        update["workload"] = study.workload.model_copy(update={"trace": trace})
     return study.model_copy(update=update)
 
 

@@ -219,17 +219,42 @@ class LengthSection(Section):
     )
 
 
+class TraceSection(Section):
+    """Recorded requests to replay, instead of lengths and a load; `time_scale` is a dimension of the search."""
+
+    file: str = Field(
+        description="path of the trace, relative to the study file", examples=["traces/conversation.jsonl"]
+    )
+    format: Literal["mooncake", "azure"] = Field(description="format of the trace", examples=["mooncake"])
+    time_scale: Rates = Field(
+        default_factory=lambda: [1.0], description="how much faster than recorded it is replayed", examples=["[0.5, 1]"]
+    )
+    start: Annotated[float, Field(ge=0), BeforeValidator(_as_seconds)] = Field(
+        default=0.0, description="where in the recording the replay begins", examples=["10m"]
+    )
+    window: Annotated[Positive, BeforeValidator(_as_seconds)] | None = Field(
+        default=None, description="how much of the recording is replayed; none for all that follows", examples=["5m"]
+    )
+    longest: Count | None = Field(
+        default=None,
+        description="requests of more tokens, input and output together, are left out; none for no limit",
+        examples=[8192],
+    )
+
+
 class WorkloadSection(Section):
     """What the users send. A list of loads makes the load a dimension of the search."""
 
-    isl: Annotated[LengthSection, BeforeValidator(_as_length)] = Field(
-        description="input tokens per request", examples=[128]
+    isl: Annotated[LengthSection, BeforeValidator(_as_length)] | None = Field(
+        default=None, description="input tokens per request; of a conversation, new ones per turn", examples=[128]
     )
-    osl: Annotated[LengthSection, BeforeValidator(_as_length)] = Field(
-        description="output tokens per request", examples=[64]
+    osl: Annotated[LengthSection, BeforeValidator(_as_length)] | None = Field(
+        default=None, description="output tokens per request", examples=[64]
     )
-    arrival: Literal["closed", "poisson", "constant"] = Field(
-        default="closed", description="closed loop, or requests arriving at a rate", examples=["closed"]
+    arrival: Literal["closed", "poisson", "constant", "trace"] = Field(
+        default="closed",
+        description="closed loop, requests arriving at a rate, or as in the trace",
+        examples=["closed"],
     )
     concurrency: Counts | None = Field(
         default=None, description="requests in flight (closed loop)", examples=["[1, 4]"]
@@ -240,9 +265,51 @@ class WorkloadSection(Section):
     shared_prefix: float = Field(
         default=0.0, ge=0, le=1, description="share of the input that all requests have in common", examples=[0.5]
     )
+    turns: Annotated[LengthSection, BeforeValidator(_as_length)] | None = Field(
+        default=None, description="requests of a conversation, each with all that was said before", examples=[4]
+    )
+    think_time: Annotated[float, Field(ge=0), BeforeValidator(_as_seconds)] | None = Field(
+        default=None, description="seconds from an answer's end to the next turn", examples=["2s"]
+    )
+    trace: TraceSection | None = Field(
+        default=None, description="recorded requests to replay", examples=["{file: t.jsonl, format: mooncake}"]
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_trace_has_its_arrivals(cls, value: object) -> object:
+        if isinstance(value, dict) and value.get("trace") is not None and "arrival" not in value:
+            return {**value, "arrival": "trace"}
+        return value
+
+    @model_validator(mode="after")
+    def _lengths_or_trace(self) -> Self:
+        if self.trace is None:
+            if self.arrival == "trace":
+                raise KeyProblemError("trace", "missing with arrival: trace; give its file and format")
+            for key in ("isl", "osl"):
+                if getattr(self, key) is None:
+                    raise KeyProblemError(key, "missing; give a number of tokens, such as 128, or a trace")
+        for key in ("isl", "osl", "concurrency", "request_rate", "turns", "think_time"):
+            if self.trace is not None and getattr(self, key) is not None:
+                raise KeyProblemError(key, "is what the trace says (its rate by trace.time_scale); leave it out")
+        if self.trace is not None and (self.arrival != "trace" or self.shared_prefix > 0):
+            key = "arrival" if self.arrival != "trace" else "shared_prefix"
+            raise KeyProblemError(key, f"{getattr(self, key)} does not go with a trace; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _turns_make_a_conversation(self) -> Self:
+        if self.turns is None and self.think_time is not None:
+            raise KeyProblemError("think_time", "goes with turns; give turns, such as 4, or leave it out")
+        if self.turns is not None and self.turns.mean < 2:
+            raise KeyProblemError("turns", f"{self.turns.mean} is no conversation; give at least 2, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _load_fits_arrival(self) -> Self:
+        if self.trace is not None:
+            return self
         wanted, other = ("concurrency", "request_rate")
         if self.arrival != "closed":
             wanted, other = other, wanted
@@ -256,7 +323,7 @@ class WorkloadSection(Section):
 
     @model_validator(mode="after")
     def _two_output_tokens(self) -> Self:
-        if round(self.osl.mean * (1 - self.osl.spread)) < 2:
+        if self.osl is not None and round(self.osl.mean * (1 - self.osl.spread)) < 2:
             raise KeyProblemError(
                 "osl", f"{self.osl.mean} leaves requests under 2 tokens, the least for a TPOT; give a larger mean"
             )
@@ -264,7 +331,10 @@ class WorkloadSection(Section):
 
     @property
     def loads(self) -> list[float]:
-        """The values of the load dimension, in order: requests in flight, or requests per second."""
+        """The values of the load dimension, in order: requests in flight, or requests per second.
+
+        Those of a trace follow from its own rate; see `tuner.wiring.loads_of`.
+        """
         return sorted(float(value) for value in (self.concurrency or self.request_rate or []))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from search_spaces.emulation import FaultKind, FaultPlan, Noise
 from search_spaces.engines import engine_spec
-from search_spaces.errors import TunerError
+from search_spaces.errors import InvalidValueError, TunerError
 from search_spaces.hardware import Device, DeviceKind, NodePool
 from search_spaces.hf_config import read_model
 from search_spaces.known_gpus import known_gpu
@@ -22,7 +22,7 @@ from search_spaces.model_presets import TINY_MODEL
 from search_spaces.problem import Objective, Problem, Slo
 from search_spaces.serving import Mode, Role
 from search_spaces.space import RoleChoices, Space, build_space
-from search_spaces.workload import Arrival, Length, Workload
+from search_spaces.workload import Arrival, Conversation, Length, Load, TraceFormat, Workload
 from tuner.access import Cluster, Connect
 from tuner.places import Place
 from tuner.study_schema import (
@@ -32,6 +32,7 @@ from tuner.study_schema import (
     RoleSection,
     SloSection,
     StudyFile,
+    TraceSection,
 )
 
 if TYPE_CHECKING:
@@ -69,19 +70,64 @@ UNMEASURED_CORE = Device(
 
 def make_problem(study: StudyFile, devices: Mapping[str, Device] | None = None) -> Problem:
     """The question of `study`. `devices` holds the measured device of each CPU pool, by pool name."""
-    workload = study.workload
     return Problem(
         model=make_model(study),
-        workload=Workload(
-            isl=Length(mean=workload.isl.mean, spread=workload.isl.spread),
-            osl=Length(mean=workload.osl.mean, spread=workload.osl.spread),
-            arrival=Arrival(workload.arrival),
-            shared_prefix=workload.shared_prefix,
-        ),
+        workload=make_workload(study),
         node_pools=tuple(_node_pool(name, pool, devices or {}) for name, pool in study.node_pools.items()),
         objectives=tuple(Objective(metric=metric) for metric in study.objectives),
         slos=tuple(make_slo(metric, slo) for metric, slo in sorted(study.slos.items())),
     )
+
+
+def make_workload(study: StudyFile) -> Workload:
+    """What the users of `study` send; raises `InvalidValueError` for a trace that cannot be replayed."""
+    wanted = study.workload
+    if wanted.trace is not None:
+        return _traced(study, wanted.trace)
+    if wanted.isl is None or wanted.osl is None:
+        raise AssertionError("a study file without a trace has lengths: the schema checks it")
+    isl = Length(mean=wanted.isl.mean, spread=wanted.isl.spread)
+    osl = Length(mean=wanted.osl.mean, spread=wanted.osl.spread)
+    arrival = Arrival(wanted.arrival)
+    if wanted.turns is None:
+        return Workload(isl=isl, osl=osl, arrival=arrival, shared_prefix=wanted.shared_prefix)
+    talk = Conversation(
+        turns=Length(mean=wanted.turns.mean, spread=wanted.turns.spread),
+        new_isl=isl,
+        osl=osl,
+        shared_prefix=wanted.shared_prefix,
+        think_time_s=wanted.think_time or 0.0,
+    )
+    return talk.workload(arrival)
+
+
+def _traced(study: StudyFile, wanted: TraceSection) -> Workload:
+    from cluster.load.driver import warm_up_requests
+    from cluster.load.traces import traced_workload
+
+    workload = traced_workload(
+        wanted.file,
+        TraceFormat(wanted.format),
+        start_s=wanted.start,
+        window_s=wanted.window,
+        longest=wanted.longest,
+    )
+    rule = make_rule(study)
+    needed = rule.requests + warm_up_requests(rule, Load(arrival=Arrival.TRACE, value=1.0))
+    if workload.trace is not None and workload.trace.requests < needed:
+        raise InvalidValueError(
+            f"workload.trace: the window holds {workload.trace.requests} requests, and {rule.requests} are measured "
+            f"after {needed - rule.requests} of warm-up; widen the window or lower measurement.requests"
+        )
+    return workload
+
+
+def loads_of(study: StudyFile, workload: Workload) -> tuple[float, ...]:
+    """The values of the load dimension; of a trace, its mean requests per second at each time scale."""
+    if workload.trace is None or study.workload.trace is None:
+        return tuple(study.workload.loads)
+    own = workload.trace.request_rate
+    return tuple(float(f"{own * scale:.6g}") for scale in sorted(study.workload.trace.time_scale))
 
 
 def make_slo(metric: str, slo: SloSection) -> Slo:
@@ -142,7 +188,7 @@ def make_space(study: StudyFile, problem: Problem) -> Space:
             engine: {name: tuple(values) for name, values in options.items()}
             for engine, options in sorted(study.engines.items())
         },
-        loads=tuple(study.workload.loads),
+        loads=loads_of(study, problem.workload),
         modes=modes,
         roles={role: _role_choices(study, role) for mode in modes for role in mode.roles},
     )

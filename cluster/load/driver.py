@@ -7,14 +7,15 @@ import gc
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
-from cluster.load.arrivals import arrival_times_s
+from cluster.load.arrivals import arrival_times_s, traced_times_s
 from cluster.load.client import Answer, Endpoint, StreamingClient, completion_body
-from cluster.load.prompts import PlannedRequest, Prompts, ordinary_ids
+from cluster.load.prompts import PlannedRequest, ordinary_ids, sessions_of
 from cluster.load.timings import ErrorClass, Phase, RequestTiming, Timings
+from cluster.load.traces import TracedRequest, traced_requests
 from search_spaces.errors import require
 from search_spaces.measuring import MeasurementRule
 from search_spaces.workload import Load, Workload
@@ -32,7 +33,8 @@ class LoadRun:
 
     `load` says how hard; the arrival process is its own. Prompts, lengths and arrival times follow from `seed`: give
     each run on a running engine another one, or its prefix cache knows the prompts. `limit_s` limits the whole run,
-    `request_limit_s` one request.
+    `request_limit_s` one request. `traced` are the requests of the workload's trace: they are read from its file where
+    they are not given, and so travel with the run to where that file is not.
     """
 
     url: str
@@ -46,8 +48,11 @@ class LoadRun:
     timings_path: Path
     api_key: str | None = None
     request_limit_s: float = 300.0
+    traced: tuple[TracedRequest, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.workload.trace is not None and not self.traced:
+            object.__setattr__(self, "traced", traced_requests(self.workload.trace))
         require(self.limit_s > 0, f"limit_s={self.limit_s} must be above 0")
         require(self.request_limit_s > 0, f"request_limit_s={self.request_limit_s} must be above 0")
         Endpoint(base_url=self.url)
@@ -57,6 +62,12 @@ class LoadRun:
     def warm_up_requests(self) -> int:
         """Requests that come before the measured ones (see `MeasurementRule`)."""
         return warm_up_requests(self.rule, self.load)
+
+    @property
+    def requests_per_session(self) -> float:
+        """Mean number of requests that one arrival brings."""
+        conversation = self.workload.conversation
+        return 1.0 if conversation is None else float(conversation.turns.mean)
 
     def phase(self, index: int) -> Phase:
         """The part of the run to which request number `index` belongs."""
@@ -111,21 +122,33 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+_Session = tuple[tuple[PlannedRequest, bytes], ...]
+
+
 class _Bodies:
-    """Request bodies, the first `ready` of them made before the run: making one takes time from the streams."""
+    """Sessions with their request bodies, made before the run for its first `ready` requests.
+
+    Making one takes time from the streams.
+    """
 
     def __init__(self, run: LoadRun, ready: int) -> None:
         self._model_name = run.model_name
-        self._prompts = Prompts(workload=run.workload, vocabulary=ordinary_ids(run.vocab_size), seed=run.seed)
-        self._ready = {index: self._make(index) for index in range(ready)}
+        self._sessions = sessions_of(run.workload, ordinary_ids(run.vocab_size), run.seed, run.traced)
+        self._ready: dict[int, _Session] = {}
+        while ready > 0:
+            number = len(self._ready)
+            self._ready[number] = self._make(number)
+            ready -= len(self._ready[number])
 
-    def take(self, index: int) -> tuple[PlannedRequest, bytes]:
-        """Request number `index` and its body."""
-        return self._ready.pop(index, None) or self._make(index)
+    def take(self, number: int) -> _Session:
+        """Session `number`."""
+        return self._ready.pop(number, None) or self._make(number)
 
-    def _make(self, index: int) -> tuple[PlannedRequest, bytes]:
-        planned = self._prompts.request(index)
-        return planned, completion_body(self._model_name, planned.prompt, planned.output_tokens)
+    def _make(self, number: int) -> _Session:
+        return tuple(
+            (planned, completion_body(self._model_name, planned.prompt, planned.output_tokens))
+            for planned in self._sessions.session(number)
+        )
 
 
 class _Driver:
@@ -137,7 +160,7 @@ class _Driver:
         self._client = StreamingClient(Endpoint(base_url=run.url, api_key=run.api_key), run.request_limit_s)
         self._to_do = run.warm_up_requests + run.rule.requests
         self._bodies = _Bodies(run, self._to_do + 2 * (run.load.concurrency or 0))
-        self._next_index = 0
+        self._next_session = self._next_index = 0
         self._done = 0
         self._measured_left = run.rule.requests
         self._failed = 0
@@ -175,16 +198,23 @@ class _Driver:
     def _start_sending(self) -> None:
         concurrency = self._run.load.concurrency
         if concurrency is None:
-            times_ns = (self._start_ns + round(at * 1e9) for at in arrival_times_s(self._run.load, self._run.seed))
+            times_ns = (self._start_ns + round(at * 1e9) for at in self._arrivals())
             self._send_due(times_ns, next(times_ns))
         else:
             for _ in range(concurrency):
                 self._spawn(self._slot())
 
+    def _arrivals(self) -> Iterator[float]:
+        """Seconds from the start at which sessions are due."""
+        run = self._run
+        if run.workload.trace is not None:
+            return traced_times_s(run.load, [request.at_s for request in run.traced])
+        return arrival_times_s(replace(run.load, value=run.load.value / run.requests_per_session), run.seed)
+
     def _send_due(self, times_ns: Iterator[int], due_ns: int) -> None:
         """Open loop: send what is due, and come back when the next one is."""
         while not self._over.is_set() and due_ns <= time.monotonic_ns():
-            self._spawn(self._request(due_ns))
+            self._spawn(self._session(due_ns))
             due_ns = next(times_ns)
         if not self._over.is_set():
             asyncio.get_running_loop().call_at(due_ns / 1e9, self._send_due, times_ns, due_ns)
@@ -193,12 +223,25 @@ class _Driver:
         """Closed loop: one of the requests in flight, followed at once by the next."""
         due_ns = self._start_ns
         while not self._over.is_set():
-            due_ns = await self._request(due_ns)
+            due_ns = await self._session(due_ns)
 
-    async def _request(self, due_ns: int) -> int:
-        """Send the next request, due at `due_ns`, and record it; returns when it ended."""
+    async def _session(self, due_ns: int) -> int:
+        """Send the requests of the next session, the first due at `due_ns`; returns when the last one ended."""
+        number, self._next_session = self._next_session, self._next_session + 1
+        for planned, body in self._bodies.take(number):
+            if planned.think_time_s > 0:
+                due_ns += round(planned.think_time_s * 1e9)
+                with suppress(TimeoutError):  # the time is over: send
+                    await asyncio.wait_for(self._over.wait(), max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
+            if self._over.is_set():
+                break
+            due_ns = await self._request(planned, body, due_ns)
+        return due_ns
+
+    async def _request(self, planned: PlannedRequest, body: bytes, due_ns: int) -> int:
+        """Send a request, due at `due_ns`, and record it; returns when it ended."""
         index, self._next_index = self._next_index, self._next_index + 1
-        planned, body = self._bodies.take(index)
+        planned = replace(planned, index=index)
         answer = await self._client.complete(body, index)
         self._record(self._timing(planned, due_ns, answer))
         return answer.end_ns

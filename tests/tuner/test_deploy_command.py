@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search_spaces.errors import InvalidValueError
@@ -178,6 +178,7 @@ def test_the_benchmark_sends_what_was_measured(tmp_path: Path) -> None:
     assert isinstance(benchmark, Benchmark)
 
 
+@settings(deadline=None)  # other processes may have the machine
 @given(st.text(max_size=80), st.text(max_size=80))
 def test_names_in_a_cluster_are_dns_labels_and_differ(one: str, other: str) -> None:
     first, second = dns_name(one), dns_name(other)

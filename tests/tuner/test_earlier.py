@@ -83,7 +83,7 @@ def test_a_related_study_measures_the_front_of_the_last_one_early(bench: Bench) 
     assert 1 <= len(own) <= 4, "a quarter of the budget at most"
     assert len(own) == min(4, len(fronts - defaults))
     assert [t.number for t in own] == list(range(len(defaults), len(defaults) + len(own)))
-    assert second.earlier == ("toy (10 measurements, model tiny too)",)
+    assert second.earlier == ("toy (11 measurements, model tiny too)",), "10 candidates and a control"
     assert show_json(second)["earlier_studies"] == list(second.earlier)
     bench.observer.notes.clear()
     again = bench.run("name=second", "workload.osl=24", "budget.trials=17").report

@@ -26,12 +26,13 @@ FOLDERS_VARIABLE = "TUNER_LAYERS"
 """Folders of a user's own layers, separated as in PATH."""
 CLOSED: tuple[KeyPath, ...] = (("engines",), ("node_pools",))
 """Mappings of a study file that say which members there are, rather than add to those of lower layers."""
-ONE_OF: tuple[tuple[KeyPath, tuple[str, ...]], ...] = (
-    (("model",), ("preset", "gguf", "name", "config")),
-    (("workload",), ("concurrency", "request_rate")),
-    (("node_pools", "*"), ("cpus_per_node", "gpus_per_node")),
+ONE_OF: tuple[tuple[KeyPath, tuple[tuple[str, ...], ...]], ...] = (
+    (("model",), (("preset",), ("gguf",), ("name",), ("config",))),
+    (("workload",), (("concurrency",), ("request_rate",), ("rate_search",))),
+    (("workload",), (("trace",), ("isl", "osl", "concurrency", "request_rate", "rate_search", "turns", "think_time"))),
+    (("node_pools", "*"), (("cpus_per_node",), ("gpus_per_node",))),
 )
-"""Keys of which a section holds one: giving one takes the others of lower layers away."""
+"""Alternatives in a section, by their keys: giving a key of one takes those of the others of lower layers away."""
 
 
 class LayerError(TunerError):
@@ -248,11 +249,12 @@ def tree_patch(tree: Mapping[str, object], by: str, marks: Mapping[KeyPath, Belo
 
 
 def _given_groups(tree: Mapping[str, object]) -> Iterator[tuple[KeyPath, tuple[str, ...]]]:
-    """Sections of `tree` that give a key of a group, with the keys of the group that they do not give."""
-    for pattern, keys in ONE_OF:
+    """Sections of `tree` that give a key of a group, with the keys of those alternatives that they do not give."""
+    for pattern, alternatives in ONE_OF:
         for path, value in _matching(tree, pattern, ()):
-            if any(key in value for key in keys):
-                yield path, tuple(key for key in keys if key not in value)
+            others = [keys for keys in alternatives if not any(key in value for key in keys)]
+            if len(others) < len(alternatives):
+                yield path, tuple(key for keys in others for key in keys)
 
 
 def _matching(value: object, pattern: KeyPath, at: KeyPath) -> Iterator[tuple[KeyPath, Mapping[str, object]]]:

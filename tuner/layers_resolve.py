@@ -1,7 +1,8 @@
 """From a study file and the layers to one tree, and who set what.
 
-Conditions are asked of the merged tree, and what they let in changes that tree: so layers are added until nothing
-changes any more. Layers whose conditions hang on each other in a circle never settle, and are an error.
+Conditions are asked of the merged tree, and what they let in changes that tree: so layers come and go until nothing
+changes any more. None may hold only because of what it sets itself. Layers whose conditions hang on each other in a
+circle never settle, and are an error.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from itertools import combinations, groupby
 from pathlib import Path
 
 from tuner.layers import KeyPath, Leaf, Node, Section, Tree, clashes, compose, finished, origins, settles
-from tuner.layers_context import Context, context_of
+from tuner.layers_context import Condition, Context, context_of
 from tuner.layers_file import Layer, LayerError, Part, Stage, ancestors
 
 STUDY_FILE, COMMAND_LINE = "study file", "command line"
@@ -75,7 +76,20 @@ def _candidates(layers: Mapping[str, Layer], profiles: Sequence[str]) -> tuple[_
 def _settled(
     candidates: Sequence[_Active], user: Section, profiles: Sequence[str], directory: Path
 ) -> tuple[_Active, ...]:
-    active: tuple[_Active, ...] = ()
+    """The parts whose conditions hold in the tree that they make, none of them only because of itself."""
+    active = _stable(candidates, user, profiles, directory)
+    founded = _founded(active, user, profiles, directory)
+    if len(founded) == len(active):
+        return active
+    groundless = [item for item in active if item not in founded]
+    left = tuple(item for item in candidates if item not in groundless)
+    return _settled(left, user, profiles, directory)
+
+
+def _stable(
+    candidates: Sequence[_Active], user: Section, profiles: Sequence[str], directory: Path
+) -> tuple[_Active, ...]:
+    active = tuple(item for item in candidates if not _conditions(item))
     seen: list[tuple[_Active, ...]] = []
     while True:
         context = context_of(finished(_stacked(active, user)), directory, profiles)
@@ -94,9 +108,24 @@ def _settled(
         active = holding
 
 
+def _founded(active: Sequence[_Active], user: Section, profiles: Sequence[str], directory: Path) -> tuple[_Active, ...]:
+    """Those of `active` whose conditions hold because of others: without any condition first, then step by step."""
+    found = tuple(item for item in active if not _conditions(item))
+    while True:
+        context = context_of(finished(_stacked(found, user)), directory, profiles)
+        more = tuple(item for item in active if item in found or _holds(item, context))
+        if more == found:
+            return found
+        found = more
+
+
+def _conditions(item: _Active) -> tuple[Condition, ...]:
+    """What must hold for a part to count; what a profile needs is checked apart."""
+    return item.part.when if item.layer.stage is Stage.PROFILE else (*item.layer.needs, *item.part.when)
+
+
 def _holds(item: _Active, context: Context) -> bool:
-    asked = item.part.when if item.layer.stage is Stage.PROFILE else (*item.layer.needs, *item.part.when)
-    return all(condition.holds(context) for condition in asked)
+    return all(condition.holds(context) for condition in _conditions(item))
 
 
 def _stacked(active: Sequence[_Active], user: Section) -> Section:

@@ -209,6 +209,14 @@ def test_conditions_that_hang_on_each_other_in_a_circle_are_told(tmp_path: Path)
     assert layered(tmp_path, CPU, (), aa=start, flip=flip.replace("base", "mode")).study.workload.isl.mean == 128
 
 
+def test_a_layer_does_not_hold_because_of_itself(tmp_path: Path) -> None:
+    selfish = "stage: engine\nwhen: {engine: sglang}\nset: {engines: {sglang: {}}}\n"
+    assert layered(tmp_path, GPU, (), selfish=selfish).study.engines == {"vllm": {}}
+    text = GPU.replace("node_pools: {h200: {device: h200_sxm, gpus_per_node: 8}}", "profiles: [h100, float16_default]")
+    found = layered(tmp_path, text + "node_pools: {h100: {nodes: 2}}\n")
+    assert list(found.study.engines) == ["vllm"], "a pool whose device a profile names is not taken for a CPU pool"
+
+
 def test_unknown_and_unsuitable_profiles_are_told(tmp_path: Path) -> None:
     assert "'balnced' is unknown; did you mean balanced?" in problem(tmp_path, CPU + "profiles: balnced\n")
     assert "fp8_static is for weights: fp8 or fp8_block, here it is float16" in problem(
@@ -280,3 +288,14 @@ def test_a_layer_file_reads_alone(tmp_path: Path) -> None:
     assert read_layer(tmp_path / "x.yaml").label == "profile/balanced"
     with pytest.raises(LayerError, match="cannot be read"):
         read_layer(tmp_path / "none.yaml")
+
+
+def test_a_trace_takes_the_place_of_a_profile_s_lengths(tmp_path: Path) -> None:
+    rows = "".join(f'{{"timestamp": {t * 100}, "input_length": 64, "output_length": 8}}\n' for t in range(20))
+    (tmp_path / "t.jsonl").write_text(rows)
+    text = CPU.replace("workload: {isl: 128, osl: 32, concurrency: [1, 2]}", "profiles: [agentic]")
+    assert layered(tmp_path, text).study.workload.turns is not None
+    replayed = layered(tmp_path, text + "workload: {arrival: trace, trace: {file: t.jsonl, format: mooncake}}\n")
+    workload = replayed.study.workload
+    assert workload.trace is not None
+    assert (workload.isl, workload.turns, workload.concurrency) == (None, None, None)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from search_spaces.model import LatentAttention, ModelSpec
 from search_spaces.serving import Mode
 
 NEEDED = ("id", "model", "system", "engine", "mode", "isl", "osl", "ttft_ms", "tpot_ms")
+ROLES = ("prefill_", "decode_")  # how the columns of a role begin
 LENGTH_SHARE = 0.9  # lengths were drawn evenly between 80% and 100% of isl and osl
 BURST_SHARE = 0.1  # a run of ten requests for each user starts with one of each user at once
 # Lengths (isl, osl) of InferenceX, whose client draws them; the other public runs keep them equal.
@@ -111,7 +113,40 @@ def read_runs(path: Path) -> list[Run | Unpredictable]:
         missing = [name for name in NEEDED if name not in (reader.fieldnames or ())]
         if missing:
             raise InvalidValueError(f"{path} lacks the columns {', '.join(missing)}; needed are {', '.join(NEEDED)}")
-        return [_run(row) for row in reader]
+        rows = list(reader)
+    known = _completely_listed(rows)
+    return [_run(_completed(row, known)) for row in rows]
+
+
+def _completely_listed(rows: Sequence[Mapping[str, str]]) -> dict[tuple[object, ...], dict[str, str]]:
+    """Parallel sizes and worker counts of disaggregated runs by what identifies a run, where rows agree on them."""
+    found: dict[tuple[object, ...], list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        if not _lacks_workers(row):
+            sizes = {name: text for name, text in row.items() if name.startswith(ROLES)}
+            found[_identity(row)].append(sizes)
+    return {identity: sizes[0] for identity, sizes in found.items() if all(each == sizes[0] for each in sizes)}
+
+
+def _completed(row: Mapping[str, str], known: Mapping[tuple[object, ...], Mapping[str, str]]) -> Mapping[str, str]:
+    """`row`, with the sizes of a row that lists the same run completely where this one lacks its worker counts.
+
+    The public file lists 186 runs twice. Rows without worker counts also tell sizes wrongly: attention data-parallel
+    replicas stand there as tensor-parallel ones. So nothing but the other row can complete them.
+    """
+    if not row["mode"].startswith("disagg") or not _lacks_workers(row):
+        return row
+    return {**row, **known.get(_identity(row), {})}
+
+
+def _lacks_workers(row: Mapping[str, str]) -> bool:
+    return any(math.isnan(_number(row, f"{role}num_workers")) for role in ROLES)
+
+
+def _identity(row: Mapping[str, str]) -> tuple[object, ...]:
+    """What tells a measured run from others: where and how it was made, and what was measured to five digits."""
+    words = tuple(row.get(name, "") for name in ("system", "engine", "precision", "isl", "osl", "concurrency"))
+    return (*words, f"{_number(row, 'ttft_ms'):.5g}", f"{_number(row, 'tpot_ms'):.5g}")
 
 
 def _run(row: Mapping[str, str]) -> Run | Unpredictable:
@@ -174,7 +209,7 @@ def _pools(row: Mapping[str, str], mode: Mode) -> tuple[RunPool, ...]:
         layout = run_layout(row, "")
         return (RunPool(layout=layout, replicas=_replicas(row)),)
     pools = []
-    for role in ("prefill_", "decode_"):
+    for role in ROLES:
         workers = _number(row, f"{role}num_workers")
         if math.isnan(workers) or workers < 1:
             raise InvalidValueError(f"{role}num_workers is empty; fill it in")

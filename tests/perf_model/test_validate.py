@@ -77,7 +77,7 @@ def test_every_row_is_predicted_or_counted_with_a_reason(tables: Path, tmp_path:
         {"id": "empty", "concurrency": ""},
         {"id": "odd", "tp_size": "3"},
         {"id": "large", "model": "meta-llama/Llama-3.1-405B"},
-        {"id": "workers", "mode": "disagg"},
+        {"id": "workers", "mode": "disagg", "ttft_ms": "301"},
     )
     found = validate(path, Silicon(tables))
     assert found.rows == 7
@@ -136,6 +136,24 @@ def test_replicas_of_a_run_are_read_from_the_requests_of_a_rank(tables: Path, tm
     runs = read_runs(written(tmp_path, {"concurrency": "64", "batch_size": "16", "attention_dp_size": "4"}))
     assert isinstance(runs[0], Run)
     assert (runs[0].pools[0].replicas, runs[0].rank_users) == (1, 16)
+
+
+def test_a_run_that_is_listed_twice_is_known_by_the_complete_row(tmp_path: Path) -> None:
+    pair = {"mode": "disagg", "tp_size": "", "prefill_tp_size": "1", "decode_tp_size": "2"}
+    workers = {"prefill_num_workers": "3", "decode_num_workers": "4"}
+    whole, twin, other = read_runs(
+        written(
+            tmp_path,
+            pair | workers,
+            pair | {"id": "b", "decode_tp_size": "8", "ttft_ms": "300.0001"},
+            pair | {"id": "c", "ttft_ms": "301"},
+        )
+    )
+    assert isinstance(whole, Run)
+    assert isinstance(twin, Run)
+    assert twin.pools == whole.pools
+    assert [pool.replicas for pool in twin.pools] == [3, 4]
+    assert isinstance(other, Unpredictable)
 
 
 def test_recipes_that_draft_tokens_are_known_by_their_image(tmp_path: Path) -> None:

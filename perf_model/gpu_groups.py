@@ -24,12 +24,8 @@ from search_spaces.hardware import NodePool
 from search_spaces.problem import Problem
 from search_spaces.serving import Candidate, Mode, OptionValue, Pool, Role
 
-# Engines that behave as another one does, and options under the names of each.
+# Engines that behave as another one does.
 BEHAVES_AS = {"emulated": "vllm"}
-SEQUENCE_OPTIONS = ("max_num_seqs", "max_running_requests", "max_batch_size")
-BUDGET_OPTIONS = ("max_num_batched_tokens", "chunked_prefill_size", "max_num_tokens")
-MEMORY_OPTIONS = ("gpu_memory_utilization", "mem_fraction_static", "kv_cache_free_gpu_memory_fraction")
-CACHING_OPTIONS = ("enable_prefix_caching", "enable_block_reuse")
 WEIGHTS = ("gemm", "projections", "moe")
 HANDOVER_MS = 10.0  # meta-data exchange before a KV cache moves
 
@@ -50,10 +46,10 @@ class GpuGroups:
                 pool.role,
                 pool.node_pool,
                 pool.parallelism,
-                _find(engine, pool, ("kv_cache_dtype",)),
-                _find(engine, pool, MEMORY_OPTIONS),
+                _find(engine, pool, "kv_cache_dtype"),
+                _find(engine, pool, engine_spec(engine).scheduling.memory_share),
                 _caches_prefixes(engine, pool),
-                _find(engine, pool, ("quantization",)),
+                _find(engine, pool, "quantization"),
             )
             for pool in candidate.config.pools
         )
@@ -67,9 +63,9 @@ class GpuGroups:
     def key(self, engine: str, pool: Pool) -> ReplicaKey:
         """What decides the step times of the replicas of `pool`."""
         parallel = pool.parallelism
-        cache = "fp8" if str(_find(engine, pool, ("kv_cache_dtype",)) or "auto").startswith("fp8") else "bfloat16"
+        cache = "fp8" if str(_find(engine, pool, "kv_cache_dtype") or "auto").startswith("fp8") else "bfloat16"
         precision: Precision = checkpoint_precision(self._problem.model, cache=cache)
-        if _find(engine, pool, ("quantization",)) == "fp8":
+        if _find(engine, pool, "quantization") == "fp8":
             precision = replace(
                 precision, **{name: "fp8" for name in WEIGHTS if getattr(precision, name) == "bfloat16"}
             )
@@ -86,7 +82,7 @@ class GpuGroups:
         node_pool = self._problem.node_pool(pool.node_pool)
         silicon = self._silicon.with_system(system_of(node_pool, self._silicon))
         replica = silicon.replica(self.key(engine, pool))
-        share = _find(engine, pool, MEMORY_OPTIONS)
+        share = _find(engine, pool, engine_spec(engine).scheduling.memory_share)
         if share is None:
             return replica
         return replace(replica, footprint=replace(replica.footprint, memory_share=float(share)))
@@ -94,6 +90,7 @@ class GpuGroups:
     def rows(self, group: list[Candidate], pools: list[Pool]) -> Columns:
         """The loads of candidates of one layout on each of their `pools` (all in one role)."""
         engine, workload = group[0].config.engine, self._problem.workload
+        scheduling = engine_spec(engine).scheduling
         replicas = floats([pool.replicas for pool in pools])
         isl = float(workload.isl.mean)
         caches = _caches_prefixes(engine, pools[0])
@@ -108,7 +105,7 @@ class GpuGroups:
             isl=isl,
             osl=float(workload.osl.mean),
             cached=np.floor(isl * workload.shared_prefix) if caches else 0.0,
-            max_sequences=[float(_find(engine, pool, SEQUENCE_OPTIONS) or 1024) for pool in pools],
+            max_sequences=[float(_find(engine, pool, scheduling.sequences) or 1024) for pool in pools],
             token_budget=[_token_budget(engine, pool, isl) for pool in pools],
             burst_share=burst_share(workload),
         )
@@ -223,26 +220,25 @@ def system_of(pool: NodePool, silicon: Silicon) -> GpuSystem:
     )
 
 
-def _find(engine: str, pool: Pool, names: tuple[str, ...]) -> OptionValue | None:
-    """The pool's value of the first of `names` that the engine offers, None where it offers none."""
+def _find(engine: str, pool: Pool, name: str | None) -> OptionValue | None:
+    """The pool's value of the option `name`, None where the engine offers none of that name."""
     offered = {parameter.name for parameter in engine_spec(engine).parameters}
-    for name in names:
-        if name in offered:
-            return option(engine, pool, name)
-    return None
+    return option(engine, pool, name) if name is not None and name in offered else None
 
 
 def _caches_prefixes(engine: str, pool: Pool) -> bool:
     """True where prompts' blocks are used again: by default, unless switched off."""
-    if _find(engine, pool, ("disable_radix_cache",)) is True:
+    scheduling = engine_spec(engine).scheduling
+    if _find(engine, pool, scheduling.forgets_prompts) is True:
         return False
-    return _find(engine, pool, CACHING_OPTIONS) in {None, True}
+    return _find(engine, pool, scheduling.reuses_prompts) in {None, True}
 
 
 def _token_budget(engine: str, pool: Pool, isl: float) -> float:
     """Tokens of a step: where prompts are not computed in parts, a step holds a whole one."""
-    budget = float(_find(engine, pool, BUDGET_OPTIONS) or 8192)
-    return max(budget, isl) if _find(engine, pool, ("enable_chunked_prefill",)) is False else budget
+    scheduling = engine_spec(engine).scheduling
+    budget = float(_find(engine, pool, scheduling.step_tokens) or 8192)
+    return max(budget, isl) if _find(engine, pool, scheduling.splits_prompts) is False else budget
 
 
 def _refusals(role: Role, replica: GpuReplica, rows: Columns) -> list[str | None]:

@@ -83,6 +83,23 @@ def _any_workload(_options: Mapping[str, OptionValue], _workload: Workload) -> s
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scheduling:
+    """Names of the options that say how an engine fills its steps: what a performance model reads of them.
+
+    `sequences` of a rank that run together, `step_tokens` that a step may hold, `memory_share` of a device for weights
+    and KV cache, `reuses_prompts` whether earlier prompts' blocks are used again, or `forgets_prompts` whether they are
+    not, `splits_prompts` whether they are computed in parts. None where the engine has no such option.
+    """
+
+    sequences: str | None = None
+    step_tokens: str | None = None
+    memory_share: str | None = None
+    reuses_prompts: str | None = None
+    forgets_prompts: str | None = None
+    splits_prompts: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineSpec:
     """Everything that may be chosen of an engine.
 
@@ -92,6 +109,7 @@ class EngineSpec:
     `shared_options` must be the same in a prefill and a decode pool: the hand-over of KV caches depends on them.
     `emulated` engines compute nothing: they only take the time that a performance model says. `devices` are the kinds
     that the engine runs on. An engine that is `apart` lives in an environment of its own, where a command starts it.
+    `scheduling` names the options by which it fills its steps.
     """
 
     name: str
@@ -105,6 +123,7 @@ class EngineSpec:
     shared_options: tuple[str, ...] = ()
     emulated: bool = False
     apart: bool = False
+    scheduling: Scheduling = Scheduling()
     devices: tuple[DeviceKind, ...] = (DeviceKind.CPU,)
 
     def parameter(self, name: str) -> EngineParameter:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from search_spaces.engines.base import EngineParameter, EngineSpec
+from search_spaces.engines.base import EngineParameter, EngineSpec, Scheduling
 from search_spaces.engines.vllm import VLLM
 from search_spaces.hardware import DeviceKind
 from search_spaces.serving import OptionValue
@@ -26,6 +26,13 @@ def _conflict(options: Mapping[str, OptionValue]) -> str | None:
 EMULATED = EngineSpec(
     name="emulated",
     emulated=True,
+    scheduling=Scheduling(
+        sequences="max_num_seqs",
+        step_tokens="max_num_batched_tokens",
+        memory_share="gpu_memory_utilization",
+        reuses_prompts="enable_prefix_caching",
+        splits_prompts="enable_chunked_prefill",
+    ),
     devices=(DeviceKind.GPU,),
     conflict=_conflict,
     shared_options=("kv_cache_dtype",),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from search_spaces.engines.base import EngineParameter, EngineSpec, OptionValues
+from search_spaces.engines.base import EngineParameter, EngineSpec, OptionValues, Scheduling
 from search_spaces.serving import OptionValue
 
 
@@ -29,6 +29,10 @@ def _repair(options: Mapping[str, OptionValue]) -> OptionValues:
 LLAMACPP = EngineSpec(
     name="llamacpp",
     repair=_repair,
+    scheduling=Scheduling(
+        sequences="max_num_seqs",
+        step_tokens="batch_size",
+    ),
     devices_per_rank_option="threads",
     shared_options=("flash_attention", "kv_cache_dtype"),
     parameters=(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from search_spaces.engines.base import SPLIT_ROLES, EngineParameter, EngineSpec
+from search_spaces.engines.base import SPLIT_ROLES, EngineParameter, EngineSpec, Scheduling
 from search_spaces.hardware import DeviceKind
 from search_spaces.serving import OptionValue, Parallelism
 
@@ -39,6 +39,12 @@ def _conflict(options: Mapping[str, OptionValue]) -> str | None:
 SGLANG = EngineSpec(
     name="sglang",
     apart=True,
+    scheduling=Scheduling(
+        sequences="max_running_requests",
+        step_tokens="chunked_prefill_size",
+        memory_share="mem_fraction_static",
+        forgets_prompts="disable_radix_cache",
+    ),
     devices=(DeviceKind.GPU,),
     conflict=_conflict,
     parallel_conflict=_parallel_conflict,

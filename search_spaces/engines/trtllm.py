@@ -8,7 +8,7 @@ prefill. Weights keep the checkpoint's format: it quantises nothing while loadin
 
 from __future__ import annotations
 
-from search_spaces.engines.base import SPLIT_ROLES, EngineParameter, EngineSpec
+from search_spaces.engines.base import SPLIT_ROLES, EngineParameter, EngineSpec, Scheduling
 from search_spaces.hardware import DeviceKind
 from search_spaces.serving import Parallelism
 
@@ -29,6 +29,13 @@ def _parallel_conflict(sizes: Parallelism) -> str | None:
 TRTLLM = EngineSpec(
     name="trtllm",
     apart=True,
+    scheduling=Scheduling(
+        sequences="max_batch_size",
+        step_tokens="max_num_tokens",
+        memory_share="kv_cache_free_gpu_memory_fraction",
+        reuses_prompts="enable_block_reuse",
+        splits_prompts="enable_chunked_prefill",
+    ),
     devices=(DeviceKind.GPU,),
     parallel_conflict=_parallel_conflict,
     shared_options=(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from search_spaces.engines.base import SPLIT_ROLES, EngineParameter, EngineSpec, OptionValues
+from search_spaces.engines.base import SPLIT_ROLES, EngineParameter, EngineSpec, OptionValues, Scheduling
 from search_spaces.hardware import DeviceKind
 from search_spaces.serving import OptionValue, Parallelism
 from search_spaces.workload import Workload
@@ -65,6 +65,13 @@ _GPU, _CPU = (DeviceKind.GPU,), (DeviceKind.CPU,)
 VLLM = EngineSpec(
     name="vllm",
     apart=True,
+    scheduling=Scheduling(
+        sequences="max_num_seqs",
+        step_tokens="max_num_batched_tokens",
+        memory_share="gpu_memory_utilization",
+        reuses_prompts="enable_prefix_caching",
+        splits_prompts="enable_chunked_prefill",
+    ),
     devices=(DeviceKind.GPU, DeviceKind.CPU),
     devices_per_rank_option="threads",
     repair=_repair,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -115,6 +116,13 @@ class EngineContract:
         spec = engine_spec(engine.name)
         for name in spec.shared_options:
             assert {Role.PREFILL, Role.DECODE} <= set(spec.parameter(name).roles)
+
+    def test_what_fills_its_steps_are_options_of_its_own(self, engine: EngineBackend) -> None:
+        spec = engine_spec(engine.name)
+        named = [name for name in asdict(spec.scheduling).values() if name is not None]
+        assert spec.scheduling.sequences in named
+        assert spec.scheduling.step_tokens in named
+        assert all(spec.parameter(name).searched for name in named)
 
     def test_defaults_are_no_conflict(self, engine: EngineBackend) -> None:
         spec = engine_spec(engine.name)

@@ -11,6 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,13 +33,13 @@ from studies.history import StudyHistory
 from studies.records import TrialStatus
 from tests.cluster.engines.test_golden_commands import VLLM
 from tests.support.apart import commands, pool, replica
-from tests.support.processes import free_port
+from tests.support.processes import child, free_port
 from tuner.places import Place
 from tuner.stored import history_of
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "vllm-cpu.yaml"
 PROGRAM = os.environ.get("TUNER_VLLM", "")
-START_LIMIT_S = 400
+START_LIMIT_S = 900
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.slow,
@@ -148,6 +150,34 @@ def test_the_commands_measured_are_recorded(both_modes: Ran) -> None:
         for process in replicas:
             assert process.argv[:2] == (str(Path(PROGRAM).absolute()), "serve")
             assert process.engine_version == measured.environment["engine_version"]
+
+
+def test_the_deployment_of_the_best_trial_starts_and_answers(both_modes: Ran, tmp_path: Path) -> None:
+    out, log, port = tmp_path / "deployment", tmp_path / "start.log", free_port()
+    tuner = str(Path(sys.executable).parent / "tuner")
+    asked = ["deploy", both_modes.history.name, "--target", "shell", "--out", str(out), "--port", str(port)]
+    made = subprocess.run(
+        [tuner, *asked, "--storage", both_modes.place.url], capture_output=True, text=True, check=False
+    )
+    assert made.returncode == 0, made.stderr
+    env = {"START_LIMIT_S": str(START_LIMIT_S)}
+    with child([str(out / "start.sh")], log, env) as process:
+        deadline = time.monotonic() + START_LIMIT_S
+        while f"serving tiny on http://127.0.0.1:{port}" not in process.log:
+            assert process.process.poll() is None, process.log
+            assert time.monotonic() < deadline, process.log
+            time.sleep(0.5)
+        prompt = list(range(500, 800))
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 5, "temperature": 0, "ignore_eos": True}
+        question = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(question, timeout=120) as response:  # noqa: S310  a server of the test's own
+            answer = json.load(response)
+        process.process.terminate()
+        process.wait(60.0)  # the script ends its engines first
+    assert answer["usage"]["completion_tokens"] == 5
+    assert answer["usage"]["prompt_tokens"] == 300
 
 
 def test_a_configuration_that_vllm_refuses_is_a_failure_with_its_words(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from perf_model.runs import Run, read_runs
+from perf_model.runs import Run, Unpredictable, read_runs
 from perf_model.silicon import default_silicon
 from perf_model.validate import Predicted, predict_runs
 from search_spaces.serving import Mode
@@ -29,14 +29,14 @@ def reference_figures(path: Path) -> Figures:
         return {row["id"]: (float(row["ttft_ms"]), float(row["tpot_ms"])) for row in csv.DictReader(stream)}
 
 
-def errors(runs: list[Run], figures: Figures) -> dict[str, float]:
-    """Coverage of `runs` by `figures`, and their errors."""
+def errors(runs: list[Run], figures: Figures, rows: int) -> dict[str, float]:
+    """Errors of `figures` on `runs`, and the share of `rows` that they cover."""
     pairs = [(figures[run.id], run) for run in runs if run.id in figures]
     found = np.array([(abs(f[0] / run.ttft_ms - 1.0), abs(f[1] / run.tpot_ms - 1.0)) for f, run in pairs])
     medians, means = np.nanmedian(found, axis=0), np.nanmean(found, axis=0)
     return {
         "rows": float(len(pairs)),
-        "share": len(pairs) / len(runs),
+        "share": len(pairs) / rows,
         "ttft_median": float(medians[0]),
         "ttft_mean": float(means[0]),
         "tpot_median": float(medians[1]),
@@ -62,12 +62,13 @@ def main() -> None:
     report: dict[str, dict[str, float]] = {}
     for mode in Mode:
         runs = [row for row in rows if isinstance(row, Run) and row.mode is mode]
-        report[f"{mode}, model"] = errors(runs, ours)
+        listed = len(runs) + sum(isinstance(row, Unpredictable) and row.mode == mode for row in rows)
+        report[f"{mode}, model"] = errors(runs, ours, listed)
         if theirs:
-            report[f"{mode}, reference"] = errors(runs, theirs)
+            report[f"{mode}, reference"] = errors(runs, theirs, listed)
             both = [run for run in runs if run.id in ours and run.id in theirs]
-            report[f"{mode}, model where both predict"] = errors(both, ours)
-            report[f"{mode}, reference where both predict"] = errors(both, theirs)
+            report[f"{mode}, model where both predict"] = errors(both, ours, listed)
+            report[f"{mode}, reference where both predict"] = errors(both, theirs, listed)
     if options.json:
         print(json.dumps(report))
         return

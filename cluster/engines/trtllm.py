@@ -107,7 +107,7 @@ def _flags(replica: ReplicaSpec) -> tuple[str, ...]:
 
 
 def _options_file(replica: ReplicaSpec, found: Installation) -> Tree:
-    """What has no flag. The overlap scheduler is off in context servers, which do not support it."""
+    """What has no flag. The overlap scheduler is off where it is not supported: context servers, n-grams."""
     pool = replica.pool
     tree: Tree = {
         "kv_cache_config": _kv_cache(pool),
@@ -128,7 +128,7 @@ def _options_file(replica: ReplicaSpec, found: Installation) -> Tree:
             "backend": _option(pool, "cache_transceiver"),
             "max_tokens_in_buffer": _rounded_up(replica.workload.isl.longest),
         }
-    if pool.role is Role.PREFILL:
+    if pool.role is Role.PREFILL or (speculation is not None and speculation["decoding_type"] == "NGram"):
         tree["disable_overlap_scheduler"] = True
     return tree
 
@@ -152,6 +152,7 @@ def _rounded_up(tokens: int, step: int = 1024) -> int:
 
 
 def _speculation(pool: Pool, found: Installation) -> Tree | None:
+    """The section of speculative decoding, under names that 1.0 has and later versions take for their own."""
     method, tokens = str(_option(pool, "speculative_method")), _option(pool, "speculative_tokens")
     if method == "none" or (method == "NGram" and pool.role is Role.PREFILL):
         return None  # other drafts have KV caches, which a context server must fill as well

@@ -25,6 +25,8 @@ from cluster.router.replies import PrefillAnswer, last_usage
 from cluster.router.requests import JsonObject, check_single_prompt
 from cluster.router.upstream import UpstreamError, call, posted, relay
 
+PREFILL_ENDS_S = 1.0
+"""How much later than the decode replica's a prefill replica's answer may end, before its request is cut off."""
 _ROOMS = 2**63
 """SGLang takes 64-bit numbers for rooms."""
 
@@ -152,7 +154,9 @@ class PairedRoute:
                 await asyncio.wait({asking, answering}, return_when=asyncio.FIRST_EXCEPTION)
                 if asking.done() and asking.exception() is not None and record.first_chunk_ms is None:
                     asking.result()
-                return await answering
+                response = await answering
+                await asyncio.wait({asking}, timeout=PREFILL_ENDS_S)
+                return response
             finally:
                 for task in (asking, answering):
                     task.cancel()

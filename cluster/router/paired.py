@@ -8,6 +8,7 @@ are sent at once. What a decode replica found in its cache stands in the usage o
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections import Counter
@@ -24,6 +25,8 @@ from cluster.router.records import Record
 from cluster.router.replies import PrefillAnswer, last_usage
 from cluster.router.requests import JsonObject, check_single_prompt
 from cluster.router.upstream import UpstreamError, call, posted, relay
+
+log = logging.getLogger(__name__)
 
 PREFILL_ENDS_S = 1.0
 """How much later than the decode replica's a prefill replica's answer may end, before its request is cut off."""
@@ -118,6 +121,7 @@ class PairedRoute:
         self._session = session
         self._protocol = options.protocol
         self._prefill, self._decode = LeastBusy(options.prefill_urls), LeastBusy(options.decode_urls)
+        self._ending: set[asyncio.Task[PrefillAnswer]] = set()
         self._side_ports = dict(zip(options.prefill_urls, options.prefill_side_ports, strict=False))
 
     async def complete(self, request: web.Request, body: JsonObject, record: Record) -> web.StreamResponse:
@@ -154,13 +158,22 @@ class PairedRoute:
                 await asyncio.wait({asking, answering}, return_when=asyncio.FIRST_EXCEPTION)
                 if asking.done() and asking.exception() is not None and record.first_chunk_ms is None:
                     asking.result()
-                response = await answering
-                await asyncio.wait({asking}, timeout=PREFILL_ENDS_S)
-                return response
+                return await answering
             finally:
-                for task in (asking, answering):
-                    task.cancel()
-                await asyncio.gather(asking, answering, return_exceptions=True)
+                answering.cancel()
+                self._let_end(asking, cut_off=answering.cancelled() or not answering.done())
+                await asyncio.gather(answering, return_exceptions=True)
+
+    def _let_end(self, asking: asyncio.Task[PrefillAnswer], *, cut_off: bool) -> None:
+        """Give the prefill replica's answer a moment to end, or none; a client that has its answer is gone by then."""
+        self._ending.add(asking)
+        asking.add_done_callback(self._forget)
+        asyncio.get_running_loop().call_later(0.0 if cut_off else PREFILL_ENDS_S, asking.cancel)
+
+    def _forget(self, asking: asyncio.Task[PrefillAnswer]) -> None:
+        self._ending.discard(asking)
+        if not asking.cancelled() and asking.exception() is not None:
+            log.info("a prefill replica failed after its request was answered: %s", asking.exception())
 
     async def _prefilled(self, url: str, body: JsonObject, record: Record) -> PrefillAnswer:
         record.prefill_replica, started = url, time.perf_counter()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.client
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ TAIL_LINES, TAIL_BYTES = 40, 16_384
 LOG_LIMIT_BYTES = 1_000_000
 _LAUNCHER = Path(__file__).with_name("launch.py")
 _PROBE_LIMIT_S = 1.0
+_FOLDERS = "tuner-of-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,19 @@ class ProcessId:
             return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
+
+
+def node_folder(coordinator: ProcessId) -> Path:
+    """Where the actors of `coordinator` keep files that are their node's alone."""
+    return Path(tempfile.gettempdir()) / f"{_FOLDERS}{coordinator}".replace("|", "+")
+
+
+def remove_left_folders() -> None:
+    """Remove the folders on this host whose coordinators were processes of it and are gone."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDERS}*"):
+        coordinator = ProcessId.parse(folder.name.removeprefix(_FOLDERS).replace("+", "|"))
+        if coordinator is not None and coordinator.is_here and not coordinator.is_alive:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 from cluster.device_memory import gpu_memory, wait_for_host_memory, wait_until_free
@@ -34,7 +33,15 @@ from cluster.engines.log_signs import telling_line
 from cluster.launched import launched
 from cluster.memory_kills import KillCount, kill_count, killed_for_memory
 from cluster.node_facts import NodeFacts, cpu_model, gpu_models, machine_id, usable_cores
-from cluster.processes import ManagedProcess, Tags, end_of_log, free_port, log_tail, wait_until_answers
+from cluster.processes import (
+    ManagedProcess,
+    Tags,
+    end_of_log,
+    free_port,
+    log_tail,
+    node_folder,
+    wait_until_answers,
+)
 from search_spaces.errors import InvalidValueError
 from search_spaces.model import ModelSpec
 from search_spaces.outcome import Failure, FailureReason, LaunchedProcess
@@ -175,7 +182,7 @@ class ProcessActor:
     """Owns one process of a deployment. Calls may overlap: `serve`, `watch` and `stop` each wait in a thread."""
 
     def __init__(self, tags: Tags) -> None:
-        self._tags = tags
+        self._tags, self._own_folder = tags, node_folder(tags.coordinator)
         self._process: ManagedProcess | None = None
         self._job: Job | None = None
         self._kills: KillCount | None = None
@@ -196,7 +203,7 @@ class ProcessActor:
         self._job = job = (
             job if (job.work_dir / MARKER).exists() else job.moved_to(self._own_folder / job.work_dir.name)
         )
-        failure = Failure(reason=FailureReason.TRANSPORT, detail="no port was tried")
+        failure: Failure | None = None
         deadline_s = time.monotonic() + limit_s
         whole = isinstance(job, RouterJob) or job.part is None
         for _ in range(PORT_TRIES if whole else 1):  # the other parts of a replica would not come along
@@ -204,14 +211,10 @@ class ProcessActor:
                 return Failure(reason=FailureReason.LOST_COORDINATOR, detail="stopped before it was started")
             outcome = self._serve_once(job, seat, deadline_s)
             if isinstance(outcome, Serving) or outcome.reason is not FailureReason.TRANSPORT:
-                return outcome
+                late = isinstance(outcome, Failure) and outcome.reason is FailureReason.STARTUP_TIMEOUT
+                return failure if failure is not None and late else outcome  # the taken port took the time
             failure = outcome
-        return failure
-
-    @cached_property
-    def _own_folder(self) -> Path:
-        """Where this node keeps the files of the study when it does not see the coordinator's folder."""
-        return Path(tempfile.gettempdir()) / f"tuner-{self._tags.coordinator.host}-{self._tags.coordinator.pid}"
+        return failure or Failure(reason=FailureReason.TRANSPORT, detail="no port was tried")
 
     def watch(self) -> bool:
         """Wait until the process ends; True where it was not stopped on purpose."""
@@ -265,7 +268,7 @@ class ProcessActor:
         if process.exit_code() is not None:
             return self._ended(process, job.backend, ready=False)
         reason = job.backend.classify(None, process.tail(), ready=False)
-        within_s = deadline_s - began_s
+        within_s = max(0.0, deadline_s - began_s)
         detail = f"{job.name} did not answer {command.ready_path} within {within_s:.0f} s; raise start_s"
         return Failure(reason=reason, detail=detail, log_tail=process.tail())
 
@@ -298,12 +301,13 @@ class ProcessActor:
 
     def _reason(self, backend: EngineBackend, code: int | None, tail: str, *, ready: bool) -> tuple[FailureReason, str]:
         """Class of an end and, for one by signal 9, who sent that as far as the kernel tells."""
-        by_kernel = killed_for_memory(self._kills) if code == -signal.SIGKILL else None
-        if by_kernel is None:
-            return backend.classify(code, tail, ready=ready), ""
-        if by_kernel:
+        reason = backend.classify(code, tail, ready=ready)
+        killed, for_memory = code == -signal.SIGKILL, killed_for_memory(self._kills)
+        if for_memory and (killed or reason is FailureReason.ENGINE_CRASH):
             memory = FailureReason.OUT_OF_MEMORY_UNDER_LOAD if ready else FailureReason.OUT_OF_MEMORY_AT_BOOT
-            return memory, ", by the kernel for want of memory"
+            return memory, f", {'' if killed else 'after a process was ended '}by the kernel for want of memory"
+        if not killed or for_memory is None:
+            return reason, ""
         said = backend.classify(1, tail, ready=ready)  # what its log says, whoever ended it then
         mute = said is FailureReason.ENGINE_CRASH
         return FailureReason.UNHEALTHY_NODE if mute else said, ", and not by the kernel for want of memory"

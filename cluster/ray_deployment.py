@@ -34,7 +34,7 @@ from cluster.ray_nodes import NodeWatch
 from cluster.ray_session import RayCluster
 from cluster.records import engine_facts, environment, keep_logs, price_per_hour
 from cluster.runner import TrialRequest
-from cluster.verdicts import most_telling
+from cluster.verdicts import depth, most_telling
 from search_spaces.outcome import Failure, FailureReason, Measurement, Outcome
 from search_spaces.serving import Role
 
@@ -69,23 +69,30 @@ class Site:
 
 
 class RayDeployment:
-    """A deployment that is started for `request`."""
+    """A deployment that is started for `request`; nothing of it goes to the `avoided` nodes (their ids)."""
 
     def __init__(
-        self, *, name: str, request: TrialRequest, placement: Placement, backend: EngineBackend, site: Site
+        self,
+        *,
+        name: str,
+        request: TrialRequest,
+        placement: Placement,
+        backend: EngineBackend,
+        site: Site,
+        avoided: frozenset[str] = frozenset(),
     ) -> None:
         self.name = name
         self.config = request.candidate.config
         self.outcomes: dict[str, Outcome] = {}
         self.requeued: list[str] = []
-        self._placement, self._backend, self._site = placement, backend, site
+        self._placement, self._backend, self._site, self._avoided = placement, backend, site, avoided
         self._booted_for = request
         self._requests = {request.trial: request}
         self._group: PlacementGroup | None = None
         self._actors: dict[str, Any] = {}
         self._calls = Calls()
         self._logs: dict[str, bytes] = {}
-        self._suspects: list[Failure] = []
+        self._suspects: list[tuple[str, Failure]] = []
         self._inquiring = False
         self._facts: dict[str, NodeFacts] = {}
         self._addresses: dict[str, str] = {}
@@ -164,12 +171,12 @@ class RayDeployment:
     # faults
 
     def _gone(self, name: str, error: ray.exceptions.RayError) -> None:
-        self._investigate(self._lost(name, error))
+        self._investigate(name, self._lost(name, error))
 
     def _lost(self, name: str, error: ray.exceptions.RayError) -> Failure:
         """An actor is gone (with its node, or alone), or met an error that it should have turned into a failure."""
         facts = self._facts.get(name)
-        gone = facts is not None and (self._is_silent(name) or self._site.cluster.is_lost(facts.node_id))
+        gone = facts is not None and self._site.watch.is_lost(facts.node_id)
         where = f" on {facts.host}" if facts is not None else ""
         text = str(error).strip().splitlines()
         return Failure(
@@ -190,12 +197,15 @@ class RayDeployment:
             detail = (
                 f"the node of {', '.join(silent)} ({hosts}) does not answer any more, though Ray counts it as alive"
             )
-            self._investigate(Failure(reason=FailureReason.LOST_NODE, detail=detail))
+            self._investigate(silent[0], Failure(reason=FailureReason.LOST_NODE, detail=detail))
 
-    def _investigate(self, failure: Failure | None) -> None:
-        """Hear from every process how it is, then stop for what tells most: the first sign is rarely the cause."""
+    def _investigate(self, name: str, failure: Failure | None) -> None:
+        """Hear from every process how it is, then stop for what tells most: the first sign is rarely the cause.
+
+        `failure` is what is known already of the part `name`.
+        """
         if failure is not None:
-            self._suspects.append(failure)
+            self._suspects.append((name, failure))
         if self._inquiring or not self._state.alive:
             return
         self._inquiring = True
@@ -205,9 +215,13 @@ class RayDeployment:
         self._calls.gather(calls, self._condemn)
 
     def _condemn(self, accounts: Mapping[str, Account]) -> None:
-        deaths = [account.death for account in accounts.values() if account.death is not None]
+        deaths = [(name, account.death) for name, account in accounts.items() if account.death is not None]
         unknown = Failure(reason=FailureReason.ENGINE_CRASH, detail="a process ended, and nothing says why")
-        first, *others = [*self._suspects, *deaths] or [unknown]
+        known = [*self._suspects, *deaths] or [("", unknown)]
+        guilty, cause = min(known, key=lambda pair: depth(pair[1]))
+        if cause.reason is FailureReason.UNHEALTHY_NODE and guilty in self._facts:
+            self._site.watch.distrust(self._facts[guilty].node_id)
+        first, *others = [failure for _, failure in known]
         failure = most_telling(first, others)
         if not failure.log_tail:
             failure = replace(failure, log_tail="\n".join(f"[{n}]\n{a.tail}" for n, a in accounts.items() if a.tail))
@@ -221,8 +235,8 @@ class RayDeployment:
     # placement and start
 
     def _reserve(self) -> None:
-        bundles, silent = self._placement.bundles, self._site.watch.lost
-        avoided = {NODE_LABEL: f"!in({','.join(sorted(silent))})"} if silent else {}
+        bundles = self._placement.bundles
+        avoided = {NODE_LABEL: f"!in({','.join(sorted(self._avoided))})"} if self._avoided else {}
         self._group = placement_group(
             [bundle.resources for bundle in bundles],
             strategy="PACK",
@@ -248,7 +262,7 @@ class RayDeployment:
             "scheduling_strategy": scheduling,
         }
         if bundle.kind is BundleKind.CLIENT:
-            return ray.remote(LoadActor).options(**options).remote()
+            return ray.remote(LoadActor).options(**options).remote(self._site.coordinator)
         tags = Tags(study=self._site.study, trial=self._booted_for.trial, coordinator=self._site.coordinator)
         return ray.remote(ProcessActor).options(max_concurrency=OVERLAPPING_CALLS, **options).remote(tags)
 
@@ -369,19 +383,19 @@ class RayDeployment:
 
     def _served(self, name: str, answer: Serving | Failure) -> None:
         if isinstance(answer, Failure):
-            self._investigate(answer)
+            self._investigate(name, answer)
             return
         self._serving[name] = answer
-        self._calls.add(self._actors[name].watch.remote(), self._ended, partial(self._gone, name))
+        self._calls.add(self._actors[name].watch.remote(), partial(self._ended, name), partial(self._gone, name))
         router = self._placement.router
         if router is not None and name == router.name:
             self._feed(life.RouterReady())
         elif all(bundle.name in self._serving for bundle in self._placement.replicas):
             self._feed(life.ReplicasReady())
 
-    def _ended(self, by_itself: bool) -> None:
+    def _ended(self, name: str, by_itself: bool) -> None:
         if by_itself:
-            self._investigate(None)  # its own account will say why
+            self._investigate(name, None)  # its own account will say why
 
     # measuring
 
@@ -441,7 +455,7 @@ class RayDeployment:
         if failure.reason is FailureReason.LATE_CLIENT:  # the deployment is not to blame and stays up
             self._with_logs(trial, failure)
         else:
-            self._investigate(failure)
+            self._investigate(self._placement.client.name, failure)
 
     def _with_logs(self, trial: str, outcome: Outcome) -> None:
         """Tell what became of `trial` when the logs have come; the processes go on."""

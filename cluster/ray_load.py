@@ -20,6 +20,7 @@ from cluster.load.driver import LoadRun
 from cluster.load.measure import LoadMeasurement, LoadOutcome, measure
 from cluster.load.rate_search import RateRun, search_rate
 from cluster.node_facts import NodeFacts
+from cluster.processes import ProcessId, node_folder
 from cluster.ray_actors import node_facts
 from search_spaces.problem import Slo
 
@@ -62,6 +63,9 @@ class LoadJob:
 class LoadActor:
     """The load generator of a deployment, on cores of its own."""
 
+    def __init__(self, coordinator: ProcessId) -> None:
+        self._folder = node_folder(coordinator)
+
     def facts(self, folder: Path) -> NodeFacts:
         """The node of this actor, and whether it sees the coordinator's `folder`."""
         return node_facts(folder)
@@ -75,7 +79,8 @@ class LoadActor:
         if unready is not None:
             return LoadReply(outcome=unready)
         before = None if router_url is None else router_stats(router_url, since_ns=began_ns, api_key=run.api_key)
-        with tempfile.TemporaryDirectory(prefix="tuner-load-") as folder:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="load-", dir=self._folder) as folder:
             path = Path(folder) / run.timings_path.name
             outcome = _measured(job, replace(run, timings_path=path))
             timings = path.read_bytes() if path.exists() else b""

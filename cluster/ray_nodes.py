@@ -7,6 +7,7 @@ agent does not answer in time counts as lost, until it answers again.
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ from typing import Any
 
 from cluster.janitor import Leases, TaggedProcess, end_orphans, end_tagged, tagged_processes
 from cluster.placement import NodeView, live_nodes
-from cluster.processes import ProcessId
+from cluster.processes import ProcessId, node_folder
 from cluster.ray_session import RayCluster
 from search_spaces.hardware import NodePool
 
+CLOSE_LIMIT_S = 3.0
 _log = logging.getLogger(__name__)
 
 
@@ -27,7 +29,8 @@ class WatchRule:
     """How nodes are watched, in seconds.
 
     An agent is asked every `beat_s` and must answer within `silence_s`, its first answer within `start_s`. It looks for
-    processes without a lease every `scan_s`, and takes the coordinator for lost after `abandoned_s` without a word.
+    processes without a lease every `scan_s`, and takes the coordinator for lost after `abandoned_s` without a word. A
+    node on which something was unhealthy is avoided for `distrust_s` where others can do its work.
     """
 
     beat_s: float = 2.0
@@ -35,13 +38,14 @@ class WatchRule:
     start_s: float = 90.0
     scan_s: float = 30.0
     abandoned_s: float = 300.0
+    distrust_s: float = 300.0
 
 
 class NodeAgent:
     """An actor on each node; a plain class."""
 
     def __init__(self, study: str, coordinator: ProcessId, rule: WatchRule) -> None:
-        self._study, self._rule = study, rule
+        self._study, self._coordinator, self._rule = study, coordinator, rule
         self._lock = threading.Lock()
         self._leases = Leases(coordinator, abandoned_s=rule.abandoned_s, now_s=time.monotonic())
         self._ended: list[TaggedProcess] = []
@@ -56,8 +60,9 @@ class NodeAgent:
         return ended
 
     def close(self) -> None:
-        """End nothing any more."""
+        """End nothing any more, and remove what the coordinator's actors have kept on this node alone."""
         self._closed.set()
+        shutil.rmtree(node_folder(self._coordinator), ignore_errors=True)  # mostly there is none
 
     def _keep_clean(self) -> None:
         while not self._closed.wait(self._rule.scan_s):
@@ -99,18 +104,42 @@ class NodeWatch:
         self._nodes: list[NodeView] = []
         self._looked_s = float("-inf")
         self._capacity: dict[tuple[tuple[str, int], ...], dict[str, int]] = {}
+        self._distrusted: dict[str, float] = {}
+        self._dead: set[str] = set()
         self.ended: list[TaggedProcess] = []
         self._look()
 
     @property
     def lost(self) -> frozenset[str]:
         """Ids of nodes that Ray counts as alive and that do not answer."""
-        return frozenset(node_id for node_id, watched in self._watched.items() if watched.lost)
+        return frozenset(self._dead.union(node_id for node_id, watched in self._watched.items() if watched.lost))
+
+    @property
+    def distrusted(self) -> frozenset[str]:
+        """Ids of nodes that are better avoided for a while."""
+        now_s = time.monotonic()
+        return frozenset(node_id for node_id, until_s in self._distrusted.items() if now_s < until_s)
+
+    def is_lost(self, node_id: str) -> bool:
+        """True where the node does not answer, or where its Ray is found to be gone now."""
+        if node_id not in self.lost and self._cluster.is_lost(node_id):
+            self._dead.add(node_id)  # for good: a raylet that starts again has another id
+            self._capacity.clear()
+        return node_id in self.lost
+
+    def distrust(self, node_id: str) -> None:
+        """Something on the node was not as it should be."""
+        self._distrusted[node_id] = time.monotonic() + self._rule.distrust_s
 
     def nodes(self) -> list[NodeView]:
         """The nodes that are there, as of the last turn."""
         lost = self.lost
         return [node for node in self._nodes if node.node_id not in lost]
+
+    def trusted_capacity(self, pools: Sequence[NodePool]) -> dict[str, int]:
+        """How many nodes that are not distrusted each of `pools` has."""
+        shunned = self.distrusted
+        return live_nodes(pools, [node for node in self.nodes() if node.node_id not in shunned])
 
     def capacity(self, pools: Sequence[NodePool]) -> dict[str, int]:
         """How many nodes each of `pools` has, as of the last turn."""
@@ -137,6 +166,9 @@ class NodeWatch:
         """End the agents."""
         import ray
 
+        farewells = [watched.agent.close.remote() for watched in self._watched.values() if not watched.lost]
+        if farewells:
+            ray.wait(farewells, num_returns=len(farewells), timeout=CLOSE_LIMIT_S)
         for watched in self._watched.values():
             ray.kill(watched.agent)
         self._watched.clear()
@@ -144,6 +176,7 @@ class NodeWatch:
     def _look(self) -> None:
         self._looked_s = time.monotonic()
         self._nodes = self._cluster.nodes()
+        self._dead &= {node.node_id for node in self._nodes}
         self._capacity.clear()
 
     def _beat(self, node_id: str, trials: frozenset[str], now_s: float) -> None:

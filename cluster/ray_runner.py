@@ -7,6 +7,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from cluster import deployment as life
 from cluster.engines.base import EngineBackend, PerDeployment, SpansNodes
 from cluster.janitor import TaggedProcess, coordinators_of, dead_among, end_orphans, end_processes_of
 from cluster.placement import Bundle, Placement, PlacementError, fit_together, missing_nodes, plan_placement
-from cluster.processes import ProcessId
+from cluster.processes import ProcessId, node_folder, remove_left_folders
 from cluster.ray_deployment import RayDeployment, Site
 from cluster.ray_nodes import NodeWatch, WatchRule
 from cluster.ray_session import RayCluster
@@ -175,10 +176,13 @@ class RayTrialRunner:
         self._stop_all(self._deployments, why)
         self._watch.close()
         end_orphans(self._site.study)
+        with suppress(OSError):  # it is not empty where another runner of this process uses it
+            node_folder(self._site.coordinator).rmdir()
 
     def _sweep(self) -> tuple[TaggedProcess, ...]:
         """End what dead coordinators of the study left: on this host at once, on the others through Ray."""
         study, everywhere = self._site.study, self._cluster.run_on_every_node
+        remove_left_folders()
         ended = end_orphans(study)
         nodes = self._cluster.nodes()
         if len(nodes) > 1:
@@ -287,9 +291,19 @@ class RayTrialRunner:
             placement=placement,
             backend=backend,
             site=self._site,
+            avoided=self._avoided(request),
         )
         self._deployments.append(deployment)
         return deployment
+
+    def _avoided(self, request: TrialRequest) -> frozenset[str]:
+        """Nodes that are lost, and those that are distrusted where the others have room for the deployment."""
+        lost, distrusted = self._watch.lost, self._watch.distrusted
+        busy = [d.config for d in self._deployments if d.state.alive and not d.state.warm]
+        trusted = self._watch.trusted_capacity(request.problem.node_pools)
+        if distrusted and fit_together([*busy, request.candidate.config], request.problem, trusted):
+            return lost | distrusted
+        return lost
 
     def _make_room(self, request: TrialRequest, live: Mapping[str, int]) -> None:
         """Stop idle deployments, the one used longest ago first, until the pools and the client's cores have room."""

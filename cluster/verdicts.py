@@ -26,9 +26,14 @@ _TELLING = (
 """Causes before their consequences: when a node goes, the other parts of a replica crash, and requests fail."""
 
 
+def depth(failure: Failure) -> int:
+    """How far `failure` is from the cause: 0 for what explains everything else."""
+    return _TELLING.index(failure.reason)
+
+
 def most_telling(first: Failure, others: Sequence[Failure]) -> Failure:
     """The account nearest to the cause, with what `first`, the one that was heard first, says and holds besides."""
-    chosen = min((first, *others), key=lambda failure: _TELLING.index(failure.reason))
+    chosen = min((first, *others), key=depth)
     if chosen is first:
         return first
     besides = "" if first.detail in chosen.detail else f"; {first.detail}"

@@ -54,6 +54,7 @@ def memory_group() -> Iterator[Path]:
     ("program", "reason", "words"),
     [
         ("hog", "out_of_memory_at_boot", "was ended by signal 9 before it served, by the kernel for want of memory"),
+        ("child", "out_of_memory_at_boot", "code 1 before it served, after a process was ended by the kernel for want"),
         ("suicide", "unhealthy_node", "signal 9 before it served, and not by the kernel for want of memory"),
     ],
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,20 @@ def test_a_process_id_is_not_mistaken_for_a_later_process() -> None:
     assert not ProcessId(host="elsewhere", pid=me.pid, created_s=me.created_s).is_here
     assert ProcessId.parse("") is None
     assert ProcessId.parse("host|12|x") is None
+
+
+def test_folders_of_dead_coordinators_of_this_host_go() -> None:
+    me = ProcessId.of(os.getpid())
+    elsewhere = ProcessId(host="elsewhere", pid=1, created_s=1)
+    folders = [processes.node_folder(owner) for owner in (gone(), me, elsewhere)]
+    try:
+        for folder in folders:
+            (folder / "models").mkdir(parents=True)
+        processes.remove_left_folders()
+        assert [folder.exists() for folder in folders] == [False, True, True]
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def gone() -> ProcessId:

@@ -116,6 +116,13 @@ def test_a_node_that_shares_no_folder_sends_logs_and_timings(answers: dict[str, 
     assert "put the work folder on a file system that all nodes share" in apart["split"]["detail"]
 
 
+def test_a_trial_goes_elsewhere_after_a_node_was_unhealthy(answers: dict[str, Any]) -> None:
+    found = answers["distrusted"]
+    assert found["reasons"] == [FailureReason.UNHEALTHY_NODE] * 4
+    assert len(set(found["used"][:3])) == 3, "each of the first three trials is on a node that has not failed yet"
+    assert found["used"][3] in found["used"][:3], "and where all have failed, one of them has to do"
+
+
 def test_what_a_dead_coordinator_of_another_host_left_is_ended_at_the_start(answers: dict[str, Any]) -> None:
     assert answers["swept"] == {"ended": ["gone"], "alive": ["here"]}
 

@@ -117,7 +117,7 @@ def main(folder: Path) -> None:
             "apart": measure(cluster, folder, "apart", apart("h200", "a100"), backend(), LIMITS),
             "together": measure(cluster, folder, "together", together("h100"), backend(), LIMITS),
             "out_of_memory": measure(cluster, folder, "oom", together("a100"), out_of_memory, LIMITS),
-            "hangs": measure(cluster, folder, "hangs", together("a100"), hangs, replace(LIMITS, start_s=3.0)),
+            "hangs": measure(cluster, folder, "hangs", together("a100"), hangs, replace(LIMITS, start_s=15.0)),
             "warnings": cluster.warnings,
         }
     print(json.dumps(answers))

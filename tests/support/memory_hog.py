@@ -16,8 +16,11 @@ from search_spaces.outcome import Failure
 from search_spaces.serving import Pool, Role
 from tests.support.ray_problem import PROBLEM
 
+HELD = "held = [bytearray(2**24) for _ in range(200)]"
 PROGRAMS = {
-    "hog": "print('loading', flush=True); held = [bytearray(2**24) for _ in range(200)]",
+    "hog": f"print('loading', flush=True); {HELD}",
+    "child": "import subprocess, sys; print('loading', flush=True); "
+    f"subprocess.run([sys.executable, '-c', {HELD!r}]); sys.exit(1)",
     "suicide": "print('loading', flush=True); import os; os.kill(os.getpid(), 9)",
 }
 

@@ -362,9 +362,10 @@ def classes(trials: Trials) -> dict[str, object]:
         "startup_timeout": FaultKind.HANG_AT_BOOT,
         "measurement_timeout": FaultKind.HANG_UNDER_LOAD,
     }
-    limits = replace(LIMITS, start_s=10.0, measure_s=5.0)
     answers = {}
     for name, kind in faults.items():
+        hangs = kind in {FaultKind.HANG_AT_BOOT, FaultKind.HANG_UNDER_LOAD}
+        limits = replace(LIMITS, start_s=20.0, measure_s=8.0) if hangs else LIMITS
         with trials.runner(backend(Fault(kind=kind, after_requests=3))) as runner:
             answers[name] = told(wait(runner, trials.start(runner, ON_ONE_NODE, limits=limits)))
     with trials.runner() as runner:
@@ -416,6 +417,19 @@ def status(url: str, key: str | None) -> int:
             return int(response.status)
     except urllib.error.HTTPError as error:
         return error.code
+
+
+def distrusted(trials: Trials) -> dict[str, object]:
+    """The nodes on which trials run whose GPUs break, one after the other."""
+    used: list[str] = []
+    reasons = []
+    with trials.runner(backend(Fault(kind=FaultKind.DEVICE_LOST, after_requests=1))) as runner:
+        for _ in range(POOL.nodes + 1):
+            handle = trials.start(runner, ON_ONE_NODE)
+            reach(runner, handle, "measure")
+            used.append(node_of(runner, "mixed-0"))
+            reasons.append(told(wait(runner, handle))["failure"])
+    return {"used": used, "reasons": reasons}
 
 
 def swept(trials: Trials) -> dict[str, object]:
@@ -476,6 +490,7 @@ def main(folder: Path, wanted: Sequence[str]) -> None:
                 "classes": lambda: classes(trials),
                 "secured": lambda: secured(trials),
                 "memory": lambda: memory(trials, folder),
+                "distrusted": lambda: distrusted(trials),
                 "swept": lambda: swept(trials),
                 "unleased": lambda: unleased(trials),
                 "apart": lambda: no_shared_folder(trials) if apart else None,

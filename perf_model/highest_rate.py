@@ -58,7 +58,7 @@ class HighestRatePredictor:
         rows = [told[i : i + len(rates)] for i in range(0, len(told), len(rates))]
         found = [self._highest(rates, row) for row in rows]
         at_rates = self.model.predict([_at(c, rate) for c, (rate, _) in zip(candidates, found, strict=True)])
-        return [_widened(prediction, spread) for prediction, (_, spread) in zip(at_rates, found, strict=True)]
+        return [self._at_limit(p, spread) if spread else p for p, (_, spread) in zip(at_rates, found, strict=True)]
 
     def _highest(self, rates: Sequence[float], row: Sequence[Prediction]) -> tuple[float, float]:
         """The highest rate, and the standard deviation of its logarithm; (lowest, 0) for what cannot run."""
@@ -74,6 +74,18 @@ class HighestRatePredictor:
         crossings = [_crossing(slo, before, after, step) for slo in self.slos if _is_broken(slo, after)]
         share, spread = min(crossings, default=(0.0, 0.0))
         return rates[broken - 1] * math.exp(share * step), spread
+
+    def _at_limit(self, prediction: Prediction, spread: float) -> Prediction:
+        """`prediction` at the highest rate, where every SLO is met, with what is uncertain of that rate.
+
+        Between two rates of the grid the line is not quite the model: a metric that is then above its SLO is at it.
+        """
+        kept = {slo.metric: slo.threshold for slo in self.slos if _is_broken(slo, prediction)}
+        stated = {
+            metric: math.hypot(sd, spread) if metric in RATES and sd > 0 else sd
+            for metric, sd in prediction.log_stddev.items()
+        }
+        return replace(prediction, metrics={**prediction.metrics, **kept}, log_stddev=stated)
 
     def _breaks(self, prediction: Prediction) -> bool:
         return prediction.infeasible is not None or any(_is_broken(slo, prediction) for slo in self.slos)
@@ -103,14 +115,3 @@ def _crossing(slo: Slo, before: Prediction, after: Prediction, step: float) -> t
     grown = math.log(last / first)
     share = math.log(slo.threshold / first) / grown
     return min(1.0, max(0.0, share)), spread / max(abs(grown) / step, LEAST_SLOPE)
-
-
-def _widened(prediction: Prediction, spread: float) -> Prediction:
-    """`prediction` with what is uncertain of the rate added to the metrics that follow it."""
-    if spread == 0.0:
-        return prediction
-    stated = {
-        metric: math.hypot(sd, spread) if metric in RATES and sd > 0 else sd
-        for metric, sd in prediction.log_stddev.items()
-    }
-    return replace(prediction, log_stddev=stated)

@@ -264,7 +264,14 @@ class Search:
             limits=self.plan.limits,
             artifact_dir=directory,
             seed=self.plan.seed + proposal.trial_number,
+            first_rate=self._first_rate(proposal),
         )
+
+    def _first_rate(self, proposal: Proposal) -> float | None:
+        """Where a search for the highest rate begins: at the rate that the model expects to be served."""
+        if self.plan.problem.workload.rate_search is None or proposal.prediction is None:
+            return None
+        return proposal.prediction.metrics.get("requests_per_s")
 
     def _collect(self) -> None:
         """Poll what is in flight; tell the study of what has ended, and let the model learn from it."""

@@ -19,7 +19,7 @@ from search_spaces.problem import Problem
 from studies.records import Proposal, TrialRecord, TrialStatus
 from tuner.observer import RECENT_TRIALS, Snapshot
 from tuner.report import StudyReport, best, mark, metrics_of
-from tuner.wording import candidate_text, duration, number
+from tuner.wording import candidate_text, duration, number, rate_text, repeats_text
 
 _RECENT = 6
 
@@ -40,7 +40,9 @@ def record_line(record: TrialRecord, problem: Problem) -> str:
     missed = [slo.metric for slo in problem.slos if record.violations.get(slo.metric, 0.0) > 0]
     suffix = f"; misses the SLO on {', '.join(missed)}" if missed else ""
     verb = "emulated" if record.measurement is not None and record.measurement.emulated else "measured"
-    return f"trial {record.number} {verb}: {figures}{suffix}"
+    searched = record.measurement is not None and record.measurement.probes
+    rate = f"; highest rate {rate_text(*record.measurement.highest_rate)}" if record.measurement and searched else ""
+    return f"trial {record.number} {verb}: {figures}{rate}{suffix}"
 
 
 def _figure(metric: str, record: TrialRecord, metrics: dict[str, float]) -> str:
@@ -64,7 +66,7 @@ def counts_text(snapshot: Snapshot) -> str:
     if lost:
         parts.append(f"{lost} lost and repeated")
     if report.repeats:
-        parts.append(f"{report.repeats} repeats")
+        parts.append(repeats_text(report.repeats))
     parts += [f"{snapshot.screened_out:,} screened out by the model", _hypervolume_text(snapshot)]
     if snapshot.time_left_s is not None:
         parts.append(f"{duration(snapshot.time_left_s)} left")

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from search_spaces.metrics import METRICS, Direction
-from search_spaces.outcome import Failure
+from search_spaces.outcome import Failure, Measurement
 from search_spaces.problem import Problem
 from studies.codec import Json, to_json
 from studies.history import StudySummary
@@ -26,7 +26,7 @@ from studies.records import TrialRecord, TrialStatus
 from studies.repeats import candidates_of, runs_by_key
 from studies.spending import spent
 from tuner.spread import Spreads, stability_json, stability_table
-from tuner.wording import candidate_json, candidate_text, metric_label, number, slo_text
+from tuner.wording import candidate_json, candidate_text, metric_label, number, rate_text, repeats_text, slo_text
 
 Z_90 = 1.6449
 """Standard deviations on either side of a normal mean that hold 90%."""
@@ -164,11 +164,14 @@ def front_table(report: StudyReport) -> RenderableType:
         table.add_column(_heading(metric), justify="right", style="bold")
     for metric in _other_slos(report):
         table.add_column(f"{_heading(metric)} SLO", justify="right")
+    if report.problem.workload.rate_search is not None:
+        table.add_column("highest rate", justify="right")
     if report.repeats:
         table.add_column("runs", justify="right")
         table.add_column("ties with")
     for trial in report.front:
-        table.add_row(str(trial.number), *_figures(report, trial), *_repeat_cells(report, trial))
+        cells = (*_figures(report, trial), *_rate_cells(report, trial), *_repeat_cells(report, trial))
+        table.add_row(str(trial.number), *cells)
     heading = Text("Configurations (options that are off the engine's default):")
     return Group(title, table, Text(f"{report.spreads.legend}\n"), heading, *_configs(report))
 
@@ -177,6 +180,14 @@ def _figures(report: StudyReport, trial: TrialRecord) -> list[str]:
     slos = {slo.metric: slo for slo in report.problem.slos}
     metrics = (*report.objectives, *_other_slos(report))
     return [report.spreads.figure(trial, metric, slos.get(metric)) for metric in metrics]
+
+
+def _rate_cells(report: StudyReport, trial: TrialRecord) -> tuple[str, ...]:
+    """The interval of the highest rate, where it was searched."""
+    if report.problem.workload.rate_search is None:
+        return ()
+    found = report.spreads.highest_rate(trial)
+    return (rate_text(*found) if found else "-",)
 
 
 def _repeat_cells(report: StudyReport, trial: TrialRecord) -> tuple[str, ...]:
@@ -249,7 +260,7 @@ def _stability(report: StudyReport) -> RenderableType:
 
 def _head(report: StudyReport) -> list[RenderableType]:
     found = [f"{report.count(status)} {status}" for status in TrialStatus if report.count(status)]
-    counts = ", ".join([*found, *([f"{report.repeats} repeats"] if report.repeats else [])])
+    counts = ", ".join([*found, *([repeats_text(report.repeats)] if report.repeats else [])])
     slos = ", ".join(slo_text(slo) for slo in report.problem.slos)
     return [
         Text(f"{report.name}{mark(report)}: {report.status}", style="bold"),
@@ -335,6 +346,7 @@ def trial_json(trial: TrialRecord, report: StudyReport) -> dict[str, Json]:
         "violations": dict(trial.violations),
         "requests": measurement.metrics.requests if measurement else None,
         "errors": measurement.metrics.errors if measurement else None,
+        "highest_rate": _rate_json(measurement),
         "client_lateness_ms": measurement.client_lateness_ms if measurement else None,
         "timings_s": dict(trial.outcome.timings_s) if trial.outcome else {},
         "environment": dict(trial.outcome.environment) if trial.outcome else {},
@@ -346,6 +358,14 @@ def trial_json(trial: TrialRecord, report: StudyReport) -> dict[str, Json]:
         "started_at": trial.started_at.isoformat() if trial.started_at else None,
         "ended_at": trial.ended_at.isoformat() if trial.ended_at else None,
     }
+
+
+def _rate_json(measurement: Measurement | None) -> Json:
+    """What a search for the highest rate ran, and its interval; null where none was made."""
+    if measurement is None or not measurement.probes:
+        return None
+    met, missed = measurement.highest_rate
+    return {"met": met, "missed": missed, "probes": to_json(measurement.probes)}
 
 
 def member_json(trial: TrialRecord, report: StudyReport) -> dict[str, Json]:

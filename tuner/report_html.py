@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 from search_spaces.metrics import METRICS, Direction
 from search_spaces.serving import Mode
 from studies.records import TrialRecord
-from tuner.report import StudyReport, mark, metrics_of
+from tuner.report import StudyReport, mark, metrics_of, ties
 from tuner.wording import metric_label, number, pools_text
 
 _COLOURS = {Mode.AGGREGATED: "#2f7ed8", Mode.DISAGGREGATED: "#e07b39"}
@@ -36,6 +36,8 @@ class _Row:
     mode: str
     load: str
     devices: int
+    runs: int
+    ties: str
     pools: str
 
 
@@ -48,6 +50,7 @@ def write_front(report: StudyReport, path: Path) -> Path:
         chart=Markup(_chart(report)),  # noqa: S704 - plotly's own HTML; texts inside are escaped in _hover
         headings=[metric_label(metric) for metric in report.objectives],
         rows=[_row(trial, report) for trial in report.front],
+        legend=report.spreads.legend,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -64,14 +67,15 @@ def _summary(report: StudyReport) -> str:
 
 
 def _row(trial: TrialRecord, report: StudyReport) -> _Row:
-    metrics = metrics_of(trial)
     candidate = trial.candidate
     return _Row(
         trial=trial.number,
-        figures=tuple(number(metrics[name]) for name in report.objectives),
+        figures=tuple(report.spreads.figure(trial, name) for name in report.objectives),
         mode=str(candidate.config.mode) if candidate else "",
         load=str(candidate.load) if candidate else "",
         devices=candidate.config.devices if candidate else 0,
+        runs=report.spreads.count(trial),
+        ties=", ".join(map(str, ties(report, trial))),
         pools=pools_text(candidate) if candidate else "",
     )
 
@@ -117,7 +121,9 @@ def _front_traces(report: StudyReport, metrics: tuple[str, str], *, legend: bool
         marker = {"color": _COLOURS[mode], "symbol": _SYMBOLS[mode], "size": 10}
         yield _points(trials, metrics, str(mode), marker, legend=legend)
     ring = {"color": "rgba(0,0,0,0)", "size": 16, "line": {"color": _FRONT, "width": 2.5}}
-    yield _points(report.front, metrics, "Pareto front", ring, legend=legend)
+    front = _points(report.front, metrics, "Pareto front", ring, legend=legend)
+    front.update(error_x=_error_bars(report, metrics[0]), error_y=_error_bars(report, metrics[1]))
+    yield front
     if len(report.objectives) == 2:  # with more, a line through a projection would claim an order that is not there
         yield _staircase(report, metrics)
 
@@ -137,6 +143,20 @@ def _points(
         text=[_hover(trial) for trial in trials],
         hoverinfo="text",
     )
+
+
+def _error_bars(report: StudyReport, metric: str) -> dict[str, object]:
+    """The 95% intervals of the front's members; none where nothing says how much a figure varies."""
+    found = [report.spreads.interval(trial, metric) for trial in report.front]
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [i.high - i.mean if i else None for i in found],
+        "arrayminus": [i.mean - i.low if i else None for i in found],
+        "color": _FRONT,
+        "thickness": 1,
+        "width": 3,
+    }
 
 
 def _staircase(report: StudyReport, metrics: tuple[str, str]) -> go.Scatter:
@@ -181,7 +201,7 @@ _HOVER_METRICS = (
 
 def _add_prediction_panel(figure: go.Figure, report: StudyReport, metric: str, cell: tuple[int, int]) -> None:
     row, column = cell
-    known = [trial for trial in report.measured if trial.prediction and metric in trial.prediction.metrics]
+    known = [trial for trial in report.first_runs if trial.prediction and metric in trial.prediction.metrics]
     predicted = [trial.prediction.metrics[metric] for trial in known if trial.prediction]
     measured = [metrics_of(trial)[metric] for trial in known]
     if known:

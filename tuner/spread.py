@@ -55,7 +55,7 @@ class Spreads:
         return tuple(sorted(set.intersection(*sets))) if sets else ()
 
     def figure(self, trial: TrialRecord, metric: str, slo: Slo | None = None) -> str:
-        """`metric` of a candidate, such as `123 \u00b14%`.
+        """`metric` of a candidate, such as `123 \u00b14%`, or `123 \u00d7/\u00f72.5` where the interval is that wide.
 
         `~` says that the interval is from the noise of the study, `?` that it reaches beyond `slo`.
         """
@@ -67,7 +67,26 @@ class Spreads:
             return text
         about = "~" if interval.basis is Basis.STUDY_NOISE else ""
         doubt = "?" if slo is not None and _reaches_beyond(interval, slo) else ""
-        return f"{text} \u00b1{about}{_percent(interval.high / interval.mean - 1)}{doubt}"
+        share = interval.high / interval.mean - 1
+        width = f"\u00b1{about}{_percent(share)}" if share <= 1 else f"\u00d7/\u00f7{about}{number(1 + share)}"
+        return f"{text} {width}{doubt}"
+
+    def highest_rate(self, trial: TrialRecord) -> tuple[float | None, float | None] | None:
+        """The interval that holds the highest rates of all runs of a candidate, None where none was searched.
+
+        Its ends are None where a run met even the upper end of the search, or missed its lower one.
+        """
+        found = self.runs_of(trial)
+        ends = (
+            [t.measurement.highest_rate for t in found.measured if t.measurement and t.measurement.probes]
+            if found
+            else []
+        )
+        if not ends:
+            return None
+        met, missed = [low for low, _ in ends], [high for _, high in ends]
+        low = None if None in met else min(rate for rate in met if rate is not None)
+        return low, None if None in missed else max(rate for rate in missed if rate is not None)
 
     def intervals_json(self, trial: TrialRecord, metrics: Iterable[str]) -> dict[str, Json]:
         """The intervals of `metrics` by name; null where nothing says how much a metric varies."""

@@ -12,6 +12,7 @@ from tuner.report import StudyReport
 from tuner.study_file import parse_study
 from tuner.study_schema import StudyFile
 from tuner.wiring import make_problem
+from tuner.wording import repeats_text
 
 
 def find_history(storage: Storage, name: str) -> StudyHistory | None:
@@ -35,7 +36,7 @@ def make_report(history: StudyHistory, file: StudyFile) -> StudyReport:
     trials = history.trials()
     progress = progress_of(trials)
     status = "finished" if progress.finished >= file.budget.trials else "unfinished"
-    repeats = f", {progress.repeats} repeats" if progress.repeats else ""
+    repeats = f", {repeats_text(progress.repeats)}" if progress.repeats else ""
     text = f"{status}, {progress.finished} of {file.budget.trials} trials{repeats}"
     return StudyReport(
         name=history.name,

@@ -74,6 +74,18 @@ def candidate_text(candidate: Candidate) -> str:
     return f"{candidate.config.mode} {pools_text(candidate)} at {candidate.load}"
 
 
+def rate_text(met: float | None, missed: float | None) -> str:
+    """The interval of a highest request rate: a rate that was met and one that was not, None for none."""
+    if met is None:
+        return f"below {number(missed)}/s" if missed is not None else "not known"
+    return f"at least {number(met)}/s" if missed is None else f"{number(met)} to {number(missed)}/s"
+
+
+def repeats_text(count: int) -> str:
+    """So many repeats."""
+    return f"{count} repeat" if count == 1 else f"{count} repeats"
+
+
 def candidate_json(candidate: Candidate) -> dict[str, Json]:
     """The candidate as plain JSON for readers: options are a mapping and the load has its unit as key."""
     return {

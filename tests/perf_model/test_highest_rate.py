@@ -54,6 +54,7 @@ def test_the_highest_rate_is_found_within_some_percent(capacity: float) -> None:
     """TTFT is 40 ms at the capacity, from where it is steep."""
     found = predicted(capacity, 40.0)
     assert found.metrics["requests_per_s"] == pytest.approx(capacity, rel=0.25)
+    assert found.metrics["ttft_p99_ms"] <= 40.0
     assert found.log_stddev["requests_per_s"] > 0.1, "what is uncertain of TTFT is uncertain of the rate"
     assert found.log_stddev["tpot_p50_ms"] == 0.1
 

@@ -54,7 +54,7 @@ def failed(index: int, candidate: Candidate) -> TrialRecord:
 
 def some_candidates(space: Space) -> list[Candidate]:
     defaults = [space.default(mode) for mode in Mode]
-    return [other for candidate in defaults for other in (candidate, *space.neighbours(candidate))]
+    return list(dict.fromkeys(c for candidate in defaults for c in (candidate, *space.neighbours(candidate))))
 
 
 def a_report() -> report.StudyReport:

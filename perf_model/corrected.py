@@ -29,6 +29,7 @@ _RATES = (
     "goodput_rps_per_gpu",
     "goodput_requests_per_dollar",
     "requests_per_dollar",
+    "output_tokens_per_joule",
 )
 _COSTS = ("cost_per_million_tokens", "cost_per_million_output_tokens")
 

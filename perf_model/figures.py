@@ -15,17 +15,21 @@ from search_spaces.problem import Slo
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """Size and price of each configuration's deployment, and the requests it serves; arrays."""
+    """Size, price and rated power of each configuration's deployment, and the requests it serves; arrays."""
 
     requests_per_s: FloatArray
     devices: FloatArray
     price_per_hour: FloatArray
+    rated_power_w: FloatArray
     isl: FloatArray
     osl: FloatArray
 
 
 def metrics(estimate: ServingEstimate, deployment: Deployment, slos: Sequence[Slo]) -> dict[str, FloatArray]:
-    """Every metric of `search_spaces.metrics.METRICS`; those per dollar are NaN where devices have no price."""
+    """Every metric of `search_spaces.metrics.METRICS`; those per dollar are NaN where devices have no price.
+
+    Power is taken for the rated one, which a loaded GPU comes near to; NaN where none is known.
+    """
     tokens_per_s = deployment.requests_per_s * deployment.osl
     prompt_tokens_per_s = deployment.requests_per_s * deployment.isl
     goodput = deployment.requests_per_s * attainment(estimate, deployment, slos)
@@ -46,6 +50,8 @@ def metrics(estimate: ServingEstimate, deployment: Deployment, slos: Sequence[Sl
         "cost_per_million_tokens": 1e6 * dollars_per_s / (tokens_per_s + prompt_tokens_per_s),
         "cost_per_million_output_tokens": 1e6 * dollars_per_s / tokens_per_s,
         "price_per_hour": deployment.price_per_hour,
+        "power_w": deployment.rated_power_w,
+        "output_tokens_per_joule": tokens_per_s / deployment.rated_power_w,
         "devices": deployment.devices,
         "error_rate": np.zeros_like(deployment.devices),
     }

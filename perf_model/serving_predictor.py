@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -87,8 +88,16 @@ class ServingPredictor:
             sum(pool.devices * self._problem.node_pool(pool.node_pool).price_per_device_hour for pool in c.config.pools)
             for c in group
         ]
+        power = [
+            sum(
+                pool.devices * (self._problem.node_pool(pool.node_pool).device.power_w or math.nan)
+                for pool in c.config.pools
+            )
+            for c in group
+        ]
         return Deployment(
             requests_per_s=requests_per_s,
+            rated_power_w=floats(power),
             devices=floats([c.config.devices for c in group]),
             price_per_hour=floats(price),
             isl=np.full(len(group), float(workload.isl.mean)),

@@ -66,9 +66,15 @@ METRICS: dict[str, MetricInfo] = {
     "requests_per_dollar": _up("requests/$", "completed requests per dollar of reserved devices"),
     "cost_per_million_tokens": _down("$", "dollars of reserved devices per million prompt and output tokens"),
     "price_per_hour": _down("$/h", "price of the reserved devices"),
+    "power_w": _down("W", "mean electric power of the reserved GPUs while measured, where they report it"),
+    "output_tokens_per_joule": _up("tokens/J", "output tokens per second and watt of the reserved GPUs"),
     "devices": _down("devices", "devices reserved (GPUs, or cores on a CPU pool)"),
     "error_rate": _down("1", "share of measured requests that failed"),
 }
+
+
+POWER_METRICS = ("power_w", "output_tokens_per_joule")
+"""Only known where the power of the devices can be read."""
 
 
 def metric_info(name: str) -> MetricInfo:
@@ -96,7 +102,8 @@ class Percentiles:
 class ServingMetrics:
     """Figures of one deployment under one load.
 
-    `devices` and `price_per_hour` are those of the deployment's reserved devices. `requests` counts the measured
+    `devices` and `price_per_hour` are those of the deployment's reserved devices, `power_w` their mean electric power
+    where it could be read. `requests` counts the measured
     requests that completed, `errors` those that failed; both leave the warm-up out. `duration_s` is the measured
     window.
     """
@@ -114,6 +121,7 @@ class ServingMetrics:
     duration_s: float
     devices: int
     price_per_hour: float
+    power_w: float | None = None
 
     @property
     def error_rate(self) -> float:
@@ -124,7 +132,7 @@ class ServingMetrics:
     def flat(self) -> dict[str, float]:
         """Every metric of `METRICS` that is defined here, by name.
 
-        Figures per dollar are left out where the devices have no price.
+        Figures per dollar are left out where the devices have no price, those of power where none was read.
         """
         values = {
             f"{latency}_{statistic}_ms": getattr(getattr(self, f"{latency}_ms"), statistic)
@@ -144,7 +152,12 @@ class ServingMetrics:
             "devices": float(self.devices),
             "error_rate": self.error_rate,
         }
-        return values | self._per_dollar()
+        return values | self._per_dollar() | self._per_watt()
+
+    def _per_watt(self) -> dict[str, float]:
+        if self.power_w is None or self.power_w <= 0:
+            return {}
+        return {"power_w": self.power_w, "output_tokens_per_joule": self.output_tokens_per_s / self.power_w}
 
     def _per_dollar(self) -> dict[str, float]:
         if self.price_per_hour <= 0 or self.output_tokens_per_s <= 0:

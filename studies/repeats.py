@@ -105,10 +105,17 @@ def mean_metrics(runs: Sequence[ServingMetrics]) -> ServingMetrics:
         input_tokens_per_s=statistics.fmean(run.input_tokens_per_s for run in runs),
         requests_per_s=statistics.fmean(run.requests_per_s for run in runs),
         goodput_rps=statistics.fmean(run.goodput_rps for run in runs),
+        power_w=_mean_power([run.power_w for run in runs]),
         requests=sum(run.requests for run in runs),
         errors=sum(run.errors for run in runs),
         duration_s=sum(run.duration_s for run in runs),
     )
+
+
+def _mean_power(watts: Sequence[float | None]) -> float | None:
+    """The mean, None where it was not read in every run."""
+    known = [value for value in watts if value is not None]
+    return statistics.fmean(known) if len(known) == len(watts) else None
 
 
 def _mean_latency(runs: Sequence[Percentiles]) -> Percentiles:

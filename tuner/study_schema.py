@@ -26,7 +26,7 @@ from search_spaces.engines import engine_spec
 from search_spaces.errors import InvalidValueError
 from search_spaces.known_gpus import GPUS
 from search_spaces.known_models import known_model
-from search_spaces.metrics import metric_info
+from search_spaces.metrics import POWER_METRICS, metric_info
 from search_spaces.serving import OptionValue
 
 DEFAULT_STORAGE = "sqlite:///tuner-data/studies.db"
@@ -242,6 +242,22 @@ class TraceSection(Section):
     )
 
 
+class RateSearchSection(Section):
+    """The highest request rate that meets every SLO is searched in each trial, instead of a load that is given."""
+
+    min: Positive = Field(description="requests per second below which nothing is tried", examples=[0.1])
+    max: Positive = Field(description="requests per second above which nothing is tried", examples=[64])
+    tolerance: Annotated[float, Field(gt=0, le=1), BeforeValidator(_as_share)] = Field(
+        default=0.1, description="the rate is known when what was met and what was not are so near", examples=["10%"]
+    )
+
+    @model_validator(mode="after")
+    def _an_interval(self) -> Self:
+        if self.max <= self.min:
+            raise KeyProblemError("max", f"{self.max:g} is not above min, {self.min:g}; give a larger one")
+        return self
+
+
 class WorkloadSection(Section):
     """What the users send. A list of loads makes the load a dimension of the search."""
 
@@ -275,12 +291,21 @@ class WorkloadSection(Section):
         default=None, description="recorded requests to replay", examples=["{file: t.jsonl, format: mooncake}"]
     )
 
+    rate_search: RateSearchSection | None = Field(
+        default=None,
+        description="search the highest request rate that meets every SLO, instead of giving loads",
+        examples=["{min: 0.1, max: 64}"],
+    )
+
     @model_validator(mode="before")
     @classmethod
-    def _a_trace_has_its_arrivals(cls, value: object) -> object:
-        if isinstance(value, dict) and value.get("trace") is not None and "arrival" not in value:
+    def _arrivals_that_follow(cls, value: object) -> object:
+        """A trace has its own arrivals; the rate that is searched is one of Poisson arrivals unless told otherwise."""
+        if not isinstance(value, dict) or "arrival" in value:
+            return value
+        if value.get("trace") is not None:
             return {**value, "arrival": "trace"}
-        return value
+        return {**value, "arrival": "poisson"} if value.get("rate_search") is not None else value
 
     @model_validator(mode="after")
     def _lengths_or_trace(self) -> Self:
@@ -308,6 +333,8 @@ class WorkloadSection(Section):
 
     @model_validator(mode="after")
     def _load_fits_arrival(self) -> Self:
+        if self.rate_search is not None:
+            return self._rate_is_searched()
         if self.trace is not None:
             return self
         wanted, other = ("concurrency", "request_rate")
@@ -319,6 +346,16 @@ class WorkloadSection(Section):
             )
         if getattr(self, wanted) is None:
             raise KeyProblemError(wanted, f"missing with arrival: {self.arrival}; write such as {wanted}: [1, 4]")
+        return self
+
+    def _rate_is_searched(self) -> Self:
+        if self.arrival not in ("poisson", "constant"):
+            raise KeyProblemError(
+                "rate_search", f"does not go with arrival: {self.arrival}; choose poisson or constant, or leave it out"
+            )
+        for key in ("request_rate", "concurrency"):
+            if getattr(self, key) is not None:
+                raise KeyProblemError(key, "is what rate_search looks for; give one of the two")
         return self
 
     @model_validator(mode="after")
@@ -333,8 +370,11 @@ class WorkloadSection(Section):
     def loads(self) -> list[float]:
         """The values of the load dimension, in order: requests in flight, or requests per second.
 
-        Those of a trace follow from its own rate; see `tuner.wiring.loads_of`.
+        Those of a trace follow from its own rate; see `tuner.wiring.loads_of`. Where the rate is searched, there is
+        one: the upper end of the search.
         """
+        if self.rate_search is not None:
+            return [self.rate_search.max]
         return sorted(float(value) for value in (self.concurrency or self.request_rate or []))
 
 
@@ -724,6 +764,30 @@ class StudyFile(Section):
             raise KeyProblemError(
                 f"node_pools.{free[0]}.price_per_hour",
                 f"0 leaves {paid[0]} undefined; give the node's price in dollars per hour, or another metric",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_searched_rate_has_an_end(self) -> Self:
+        waits = any(metric.startswith(("ttft_", "e2e_")) for metric in self.slos)
+        if self.workload.rate_search is not None and not waits:
+            raise KeyProblemError(
+                "slos",
+                "workload.rate_search needs an SLO on TTFT or E2E, which grow without end where requests arrive faster "
+                "than they are served; give one such as ttft_p99_ms: 1000",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _power_can_be_read(self) -> Self:
+        wanted = [metric for metric in (*self.objectives, *self.slos) if metric in POWER_METRICS]
+        without = [name for name, pool in self.node_pools.items() if pool.device == "cpu"]
+        emulated = [name for name in self.engines if engine_spec(name).emulated]
+        if wanted and (without or emulated):
+            what = f"node pool {without[0]} has no GPUs" if without else "an emulated engine draws none"
+            raise KeyProblemError(
+                "objectives" if wanted[0] in self.objectives else f"slos.{wanted[0]}",
+                f"{wanted[0]} is known where GPUs report their power, and {what}; choose another metric",
             )
         return self
 

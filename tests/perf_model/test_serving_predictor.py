@@ -10,7 +10,7 @@ import pytest
 from perf_model.engine_traits import engine_traits
 from perf_model.serving_predictor import ServingPredictor
 from search_spaces.hardware import Device, DeviceKind, NodePool
-from search_spaces.metrics import METRICS
+from search_spaces.metrics import METRICS, POWER_METRICS
 from search_spaces.model import Attention, DenseFeedForward, LayerGroup, ModelSpec
 from search_spaces.outcome import Prediction
 from search_spaces.problem import Objective, Problem, Slo
@@ -69,7 +69,7 @@ def one(candidate: Candidate, **settings: object) -> Prediction:
 
 def test_every_metric_is_predicted_and_finite() -> None:
     prediction = one(mixed(4))
-    assert set(prediction.metrics) == set(METRICS)
+    assert set(prediction.metrics) == set(METRICS) - set(POWER_METRICS), "cores report no power"
     assert all(value == value and abs(value) < 1e12 for value in prediction.metrics.values())  # noqa: PLR0124 - NaN
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search_spaces.errors import InvalidValueError
@@ -31,6 +31,7 @@ def test_the_penalty_is_the_formula() -> None:
     assert slo.penalty(1e12) == 1
 
 
+@settings(deadline=None)
 @given(slo=SHAPES, low=st.floats(0, 1e6), high=st.floats(0, 1e6))
 def test_the_penalty_is_bounded_and_never_falls(slo: Slo, low: float, high: float) -> None:
     low, high = sorted((low, high))
@@ -39,6 +40,7 @@ def test_the_penalty_is_bounded_and_never_falls(slo: Slo, low: float, high: floa
         assert slo.penalty(low) == 0
 
 
+@settings(deadline=None)
 @given(slo=SHAPES, value=st.floats(0, 1e6))
 def test_the_limit_divides_feasible_from_infeasible(slo: Slo, value: float) -> None:
     limit = slo.limit

@@ -60,12 +60,13 @@ def values_of(tree: dict[str, Any], at: tuple[str, ...] = ()) -> dict[tuple[str,
     return found
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(a=NODES, b=NODES, c=NODES)
 def test_bracketing_never_matters(a: Node, b: Node, c: Node) -> None:
     assert compose(compose(a, b), c) == compose(a, compose(b, c))
 
 
+@settings(deadline=None)
 @given(base=SECTIONS, layers=st.lists(SECTIONS, max_size=4))
 def test_layers_put_together_first_give_the_same_tree_and_origins(base: Section, layers: list[Section]) -> None:
     one_by_one: Node = base
@@ -79,6 +80,7 @@ def test_layers_put_together_first_give_the_same_tree_and_origins(base: Section,
     assert origins(one_by_one) == origins(at_once)
 
 
+@settings(deadline=None)
 @given(layers=st.lists(SECTIONS, max_size=4), user=TREES)
 def test_a_value_of_the_user_is_never_lost(layers: list[Section], user: dict[str, Any]) -> None:
     stack: Node = Section()
@@ -92,6 +94,7 @@ def test_a_value_of_the_user_is_never_lost(layers: list[Section], user: dict[str
             assert whose[path] == "user"
 
 
+@settings(deadline=None)
 @given(base=SECTIONS, one=SECTIONS, other=SECTIONS)
 def test_layers_that_do_not_clash_may_stand_in_either_order(base: Section, one: Section, other: Section) -> None:
     if list(clashes(one, other)):
@@ -109,6 +112,7 @@ def same(one: object, other: object) -> bool:
     return repr(one) == repr(other)
 
 
+@settings(deadline=None)
 @given(below=SECTIONS, above=SECTIONS, path=st.lists(KEYS, min_size=1, max_size=3).map(tuple))
 def test_what_a_layer_settles_does_not_depend_on_those_below(
     below: Section, above: Section, path: tuple[str, ...]

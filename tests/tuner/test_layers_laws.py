@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuner.layers import Added, Gone, KeyPath, Node, Section, compose, nested, section
@@ -103,6 +103,7 @@ def chosen(layers: list[Layer]) -> list[str]:
     return sorted(layer.name for layer in layers if layer.stage is Stage.PROFILE)
 
 
+@settings(deadline=None)
 @given(layers=stacks(), user=users())
 def test_the_order_of_files_and_of_profiles_is_nothing(layers: list[Layer], user: dict[str, Any]) -> None:
     names = chosen(layers)
@@ -113,6 +114,7 @@ def test_the_order_of_files_and_of_profiles_is_nothing(layers: list[Layer], user
         assert one.origins == other.origins
 
 
+@settings(deadline=None)
 @given(layers=stacks(), user=users())
 def test_a_user_s_value_stands_under_any_layers(layers: list[Layer], user: dict[str, Any]) -> None:
     found = outcome(layers, user, chosen(layers))
@@ -125,6 +127,7 @@ def test_a_user_s_value_stands_under_any_layers(layers: list[Layer], user: dict[
     assert all(layer == STUDY_FILE or "/" in layer for layer in found.origins.values())
 
 
+@settings(deadline=None)
 @given(layers=stacks(), user=users())
 def test_what_a_user_sets_settles_every_conflict_about_it(layers: list[Layer], user: dict[str, Any]) -> None:
     said = outcome(layers, user, chosen(layers))
@@ -134,6 +137,7 @@ def test_what_a_user_sets_settles_every_conflict_about_it(layers: list[Layer], u
             assert f"different things of {'.'.join(path)}" != said.split("; set these")[0].split(" say ")[-1]
 
 
+@settings(deadline=None)
 @given(layers=stacks(), user=users())
 def test_a_layer_that_is_listed_as_counting_meets_its_conditions(layers: list[Layer], user: dict[str, Any]) -> None:
     found = outcome(layers, user, chosen(layers))

@@ -295,7 +295,7 @@ def test_a_trace_takes_the_place_of_a_profile_s_lengths(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text(rows)
     text = CPU.replace("workload: {isl: 128, osl: 32, concurrency: [1, 2]}", "profiles: [agentic]")
     assert layered(tmp_path, text).study.workload.turns is not None
-    replayed = layered(tmp_path, text + "workload: {arrival: trace, trace: {file: t.jsonl, format: mooncake}}\n")
+    replayed = layered(tmp_path, text + "workload: {trace: {file: t.jsonl, format: mooncake}}\n")
     workload = replayed.study.workload
     assert workload.trace is not None
     assert (workload.isl, workload.turns, workload.concurrency) == (None, None, None)

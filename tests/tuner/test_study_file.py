@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuner.study_errors import StudyFileError
@@ -237,12 +237,14 @@ def test_differences_name_each_key_with_both_values() -> None:
     assert differences(old, old) == []
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=60))
 def test_no_text_ends_in_anything_but_a_study_file_error(text: str) -> None:
     with pytest.raises(StudyFileError):
         parse_study(text)
 
 
+@settings(deadline=None)
 @given(
     key=st.sampled_from(["name", "workload", "slos", "objectives", "node_pools", "engines", "space", "budget", "seed"]),
     value=st.recursive(

@@ -151,8 +151,12 @@ class NodeWatch:
     def turn(self, trials: frozenset[str]) -> None:
         """Hear from the agents, and tell them which trials are run."""
         now_s = time.monotonic()
-        if now_s - self._looked_s < self._rule.beat_s:
+        since_s = now_s - self._looked_s
+        if since_s < self._rule.beat_s:
             return
+        if since_s > self._rule.silence_s / 2.0:  # this process itself was away: answers may lie waiting
+            for watched in self._watched.values():
+                watched.asked_s = now_s
         self._look()
         if self._cluster.local:
             return

@@ -22,7 +22,7 @@ from search_spaces.model_presets import TINY_MODEL
 from search_spaces.problem import Objective, Problem, Slo
 from search_spaces.serving import Mode, Role
 from search_spaces.space import RoleChoices, Space, build_space
-from search_spaces.workload import Arrival, Conversation, Length, Load, TraceFormat, Workload
+from search_spaces.workload import Arrival, Conversation, Length, Load, RateSearch, TraceFormat, Workload
 from tuner.access import Cluster, Connect
 from tuner.places import Place
 from tuner.study_schema import (
@@ -33,6 +33,7 @@ from tuner.study_schema import (
     SloSection,
     StudyFile,
     TraceSection,
+    WorkloadSection,
 )
 
 if TYPE_CHECKING:
@@ -88,9 +89,9 @@ def make_workload(study: StudyFile) -> Workload:
         raise AssertionError("a study file without a trace has lengths: the schema checks it")
     isl = Length(mean=wanted.isl.mean, spread=wanted.isl.spread)
     osl = Length(mean=wanted.osl.mean, spread=wanted.osl.spread)
-    arrival = Arrival(wanted.arrival)
+    arrival, search = Arrival(wanted.arrival), _rate_search(wanted)
     if wanted.turns is None:
-        return Workload(isl=isl, osl=osl, arrival=arrival, shared_prefix=wanted.shared_prefix)
+        return Workload(isl=isl, osl=osl, arrival=arrival, shared_prefix=wanted.shared_prefix, rate_search=search)
     talk = Conversation(
         turns=Length(mean=wanted.turns.mean, spread=wanted.turns.spread),
         new_isl=isl,
@@ -98,7 +99,12 @@ def make_workload(study: StudyFile) -> Workload:
         shared_prefix=wanted.shared_prefix,
         think_time_s=wanted.think_time or 0.0,
     )
-    return talk.workload(arrival)
+    return replace(talk.workload(arrival), rate_search=search)
+
+
+def _rate_search(wanted: WorkloadSection) -> RateSearch | None:
+    found = wanted.rate_search
+    return None if found is None else RateSearch(lowest=found.min, highest=found.max, tolerance=found.tolerance)
 
 
 def _traced(study: StudyFile, wanted: TraceSection) -> Workload:
@@ -180,7 +186,7 @@ def _node_pool(name: str, pool: NodePoolSection, devices: Mapping[str, Device]) 
 
 
 def make_space(study: StudyFile, problem: Problem) -> Space:
-    """The search space of `study`, whatever the order of its keys: the stored file sorts them."""
+    """The search space of `study`. Only the order of its node pools matters: a role's first one is its default."""
     modes = tuple(Mode(mode) for mode in study.space.modes)
     return build_space(
         problem,
@@ -198,7 +204,7 @@ def _role_choices(study: StudyFile, role: Role) -> RoleChoices:
     own: RoleSection = getattr(study.space, str(role))
     lists = {name: tuple(getattr(own, name) or getattr(study.space, name)) for name in _ROLE_LISTS}
     return RoleChoices(
-        node_pools=tuple(own.node_pools or sorted(study.node_pools)),
+        node_pools=tuple(own.node_pools or study.node_pools),
         options={name: tuple(values) for name, values in own.options.items()},
         **lists,
     )
@@ -267,7 +273,19 @@ def serving_model(problem: Problem, study: StudyFile) -> ServingPredictor:
 
 
 def with_prior(model: ServingPredictor, problem: Problem, study: StudyFile) -> Predictor:
-    """`model`, corrected by the prior that `study` wants where its engines run on GPUs."""
+    """`model`, corrected by the prior that `study` wants where its engines run on GPUs.
+
+    Where the rate is searched, it is asked at the highest rate that it expects to meet every SLO.
+    """
+    corrected, search = _corrected(model, problem, study), problem.workload.rate_search
+    if search is None:
+        return corrected
+    from perf_model.highest_rate import HighestRatePredictor
+
+    return HighestRatePredictor(model=corrected, search=search, slos=problem.slos)
+
+
+def _corrected(model: ServingPredictor, problem: Problem, study: StudyFile) -> Predictor:
     prior = chosen_prior(study.calibration)
     on_gpus = any(pool.device.kind is DeviceKind.GPU for pool in problem.node_pools)
     if prior is None or not on_gpus or is_emulated(study):  # what is emulated takes the model's times as they are

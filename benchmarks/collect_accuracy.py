@@ -18,6 +18,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
 
@@ -33,6 +34,7 @@ from tuner.study_schema import StudyFile
 from tuner.table_places import TABLES_VARIABLE, measured_nodes
 from tuner.wiring import connector, make_limits, make_problem, make_rule, make_space, serving_model
 
+WANTED = 0.25
 METRICS = ("ttft_mean_ms", "ttft_p50_ms", "tpot_mean_ms", "tpot_p50_ms")
 
 
@@ -85,12 +87,17 @@ def row(candidate: Candidate, measured: Measurement, found: dict[str, Prediction
 
 
 def summary(rows: list[dict[str, object]], names: list[str]) -> dict[str, dict[str, float]]:
-    """Median, mean and largest error by model and metric."""
+    """Median, mean and largest error, and the share of errors within 25%, by model, mode and metric."""
     result = {}
-    for name in names:
-        for metric in METRICS:
-            errors = [float(str(r[f"{name}_{metric}_error"])) for r in rows]
-            result[f"{name} {metric}"] = {"median": median(errors), "mean": mean(errors), "max": max(errors)}
+    modes = sorted({str(r["mode"]) for r in rows})
+    for name, mode, metric in product(names, modes, METRICS):
+        errors = [float(str(r[f"{name}_{metric}_error"])) for r in rows if r["mode"] == mode]
+        result[f"{name} {mode} {metric}"] = {
+            "median": median(errors),
+            "mean": mean(errors),
+            "max": max(errors),
+            "within": mean(error <= WANTED for error in errors),
+        }
     return result
 
 
@@ -153,7 +160,8 @@ def main() -> None:
         return
     print(f"{len(rows)} measurements; collecting took {took:.0f} s")
     for name, values in found.items():
-        print(f"{name:32s} median {values['median']:.1%}, mean {values['mean']:.1%}, most {values['max']:.1%}")
+        figures = ", ".join(f"{word} {values[word]:.1%}" for word in ("median", "mean", "max"))
+        print(f"{name:38s} {figures}, {values['within']:.0%} within {WANTED:.0%}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def _options(pool: Pool, engine: str, problem: Problem) -> str | None:
     spec, options = engine_spec(engine), dict(pool.options)
     return (
         spec.conflict(options)
-        or spec.parallel_conflict(pool.parallelism)
+        or spec.parallel_conflict(pool.parallelism, options)
         or spec.workload_conflict(options, problem.workload)
     )
 

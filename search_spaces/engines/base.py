@@ -74,7 +74,7 @@ def _no_conflict(_options: Mapping[str, OptionValue]) -> str | None:
     return None
 
 
-def _any_parallelism(_sizes: Parallelism) -> str | None:
+def _any_parallelism(_sizes: Parallelism, _options: Mapping[str, OptionValue]) -> str | None:
     return None
 
 
@@ -105,7 +105,7 @@ class EngineSpec:
 
     `devices_per_rank_option` names the option that says how many devices (cores) one rank takes, None for one.
     `repair` mends a combination of options that the engine would refuse; `conflict` says why it would refuse one,
-    `parallel_conflict` why it would refuse parallel sizes, `workload_conflict` why it could not serve a workload.
+    `parallel_conflict` why it would refuse parallel sizes with them, `workload_conflict` why it could not serve a load.
     `shared_options` must be the same in a prefill and a decode pool: the hand-over of KV caches depends on them.
     `emulated` engines compute nothing: they only take the time that a performance model says. `devices` are the kinds
     that the engine runs on. An engine that is `apart` lives in an environment of its own, where a command starts it.
@@ -118,7 +118,7 @@ class EngineSpec:
     devices_per_rank_option: str | None = None
     repair: Callable[[Mapping[str, OptionValue]], OptionValues] = _no_repair
     conflict: Callable[[Mapping[str, OptionValue]], str | None] = _no_conflict
-    parallel_conflict: Callable[[Parallelism], str | None] = _any_parallelism
+    parallel_conflict: Callable[[Parallelism, Mapping[str, OptionValue]], str | None] = _any_parallelism
     workload_conflict: Callable[[Mapping[str, OptionValue], Workload], str | None] = _any_workload
     shared_options: tuple[str, ...] = ()
     emulated: bool = False

@@ -17,13 +17,17 @@ DRAFTS_OF_THEIR_OWN = ("EAGLE", "EAGLE3", "STANDALONE")
 """Algorithms of speculative decoding that load a second model, which the installation names."""
 
 
-def _parallel_conflict(sizes: Parallelism) -> str | None:
-    """Expert parallelism takes the tensor-parallel group, in which data-parallel attention takes part, as a whole."""
+def _parallel_conflict(sizes: Parallelism, options: Mapping[str, OptionValue]) -> str | None:
+    """Experts may be spread over a part of the tensor-parallel group, unless an exchange of tokens needs all of it."""
     ranks = sizes.tp * sizes.dp
-    if sizes.ep not in {1, ranks}:
+    exchange = str(options.get("moe_a2a_backend", "none"))
+    if sizes.ep > 1 and sizes.ep != ranks and exchange != "none":
         return (
-            f"ep={sizes.ep} is neither 1 nor tp*dp={ranks}: SGLang spreads experts over the group; choose 1 or {ranks}"
+            f"ep={sizes.ep} is not tp*dp={ranks}: moe_a2a_backend={exchange} exchanges tokens over the whole group; "
+            f"choose ep={ranks}, or moe_a2a_backend none"
         )
+    if sizes.dp > 1 and options.get("speculative_algorithm") == "NGRAM":
+        return f"speculative_algorithm=NGRAM does not work with data-parallel attention (dp={sizes.dp}); choose another"
     return None
 
 

@@ -8,15 +8,17 @@ prefill. Weights keep the checkpoint's format: it quantises nothing while loadin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from search_spaces.engines.base import SPLIT_ROLES, EngineParameter, EngineSpec, Scheduling
 from search_spaces.hardware import DeviceKind
-from search_spaces.serving import Parallelism
+from search_spaces.serving import OptionValue, Parallelism
 
 DRAFTS_OF_THEIR_OWN = ("Eagle3",)
 """Methods of speculative decoding that load a second model, which the installation names."""
 
 
-def _parallel_conflict(sizes: Parallelism) -> str | None:
+def _parallel_conflict(sizes: Parallelism, _options: Mapping[str, OptionValue]) -> str | None:
     """Attention is split over the tensor-parallel group, or repeated on each of its ranks (attention DP); not both."""
     if sizes.dp > 1 and sizes.tp > 1:
         return (

@@ -42,7 +42,7 @@ def _conflict(options: Mapping[str, OptionValue]) -> str | None:
     return None
 
 
-def _parallel_conflict(sizes: Parallelism) -> str | None:
+def _parallel_conflict(sizes: Parallelism, _options: Mapping[str, OptionValue]) -> str | None:
     """Experts are spread over all ranks of a stage, or split like the rest: vLLM takes no size of its own for them."""
     ranks = sizes.tp * sizes.dp
     if sizes.ep in {1, ranks}:

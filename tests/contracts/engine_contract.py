@@ -131,7 +131,7 @@ class EngineContract:
                 options = {parameter.name: parameter.default for parameter in spec.parameters_of(role, (kind,))}
                 assert spec.conflict(options) is None
                 assert spec.repair(options) == options
-        assert spec.parallel_conflict(Parallelism()) is None
+        assert spec.parallel_conflict(Parallelism(), {}) is None
 
     def test_routers_understand_their_options(self, engine: EngineBackend, tmp_path: Path) -> None:
         pools = {role: self.pool(engine, role) for role in Role}

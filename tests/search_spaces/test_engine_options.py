@@ -82,22 +82,27 @@ def test_every_option_says_what_it_is(engine: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "sizes", "refused"),
+    ("engine", "sizes", "options", "refused"),
     [
-        ("vllm", {"tp": 8, "ep": 8}, None),
-        ("vllm", {"tp": 2, "dp": 4, "ep": 8}, None),
-        ("vllm", {"tp": 8, "ep": 4}, "ep=4 is neither 1 nor tp*dp=8"),
-        ("sglang", {"tp": 8, "ep": 2}, "ep=2 is neither 1 nor tp*dp=8"),
-        ("trtllm", {"tp": 8, "ep": 2}, None),
-        ("trtllm", {"dp": 8, "ep": 8}, None),
-        ("trtllm", {"tp": 2, "dp": 4}, "choose tp=1 with dp=8, or dp=1"),
-        ("llamacpp", {"tp": 2, "dp": 4, "ep": 2}, None),
+        ("vllm", {"tp": 8, "ep": 8}, {}, None),
+        ("vllm", {"tp": 2, "dp": 4, "ep": 8}, {}, None),
+        ("vllm", {"tp": 8, "ep": 4}, {}, "ep=4 is neither 1 nor tp*dp=8"),
+        ("sglang", {"tp": 8, "ep": 2}, {}, None),
+        ("sglang", {"tp": 8, "ep": 2}, {"moe_a2a_backend": "none"}, None),
+        ("sglang", {"tp": 8, "ep": 2}, {"moe_a2a_backend": "deepep"}, "ep=2 is not tp*dp=8: moe_a2a_backend=deepep"),
+        ("sglang", {"tp": 2, "dp": 4, "ep": 8}, {"moe_a2a_backend": "deepep"}, None),
+        ("sglang", {"tp": 2, "dp": 4}, {"speculative_algorithm": "NGRAM"}, "data-parallel attention (dp=4)"),
+        ("sglang", {"tp": 8}, {"speculative_algorithm": "NGRAM"}, None),
+        ("trtllm", {"tp": 8, "ep": 2}, {}, None),
+        ("trtllm", {"dp": 8, "ep": 8}, {}, None),
+        ("trtllm", {"tp": 2, "dp": 4}, {}, "choose tp=1 with dp=8, or dp=1"),
+        ("llamacpp", {"tp": 2, "dp": 4, "ep": 2}, {}, None),
     ],
 )
 def test_parallel_sizes_that_an_engine_cannot_do_are_refused(
-    engine: str, sizes: dict[str, int], refused: str | None
+    engine: str, sizes: dict[str, int], options: dict[str, OptionValue], refused: str | None
 ) -> None:
-    found = engine_spec(engine).parallel_conflict(Parallelism(**sizes))
+    found = engine_spec(engine).parallel_conflict(Parallelism(**sizes), options)
     assert (found is None) if refused is None else (found is not None and refused in found)
 
 

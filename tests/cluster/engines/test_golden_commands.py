@@ -1,7 +1,8 @@
 """Commands of a dozen and more deployments for each engine, word for word as they were reviewed.
 
-`golden/ENGINE/CASE.json` holds what each replica is started with, and the pages it was reviewed against. After a change
-that is meant: `UPDATE_GOLDEN=1 pytest tests/cluster/engines/test_golden_commands.py`, and review the difference.
+`golden/ENGINE/CASE.json` holds what each replica is started with, and what it was reviewed against: every page named
+there was read for it (stored copies of November 2026), and vLLM's own parser took its commands. After a change that is
+meant: `UPDATE_GOLDEN=1 pytest tests/cluster/engines/test_golden_commands.py`, and review the difference.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from tests.support.apart import Case, commands, over_two_nodes, pair, pool, whol
 GOLDEN = Path(__file__).parent / "golden"
 
 _VLLM = "https://docs.vllm.ai/en/v0.32.0/"
-_VLLM_ARGS = f"{_VLLM}configuration/serve_args.html"
+_VLLM_ARGS = "vllm serve --help=all, vLLM 0.32.0"
 _SGLANG = "https://docs.sglang.io/docs/advanced_features/"
 _SGLANG_ARGS = f"{_SGLANG}server_arguments"
 _TRTLLM = "https://nvidia.github.io/TensorRT-LLM/"
-_TRTLLM_ARGS = f"{_TRTLLM}commands/trtllm-serve/trtllm-serve.html"
+_TRTLLM_ARGS = "https://github.com/NVIDIA/TensorRT-LLM/blob/main/tensorrt_llm/commands/serve.py"
 SHORT = Workload(isl=Length(mean=300), osl=Length(mean=32))
 
 VLLM: dict[str, Case] = {
@@ -45,16 +46,12 @@ VLLM: dict[str, Case] = {
     "data-parallel-two-nodes": Case(
         over_two_nodes(pool(sizes={"dp": 16, "ep": 16})), (f"{_VLLM}serving/data_parallel_deployment.html",)
     ),
-    "fp8-kv-cache": Case(
-        whole(pool(kv_cache_dtype="fp8")), (f"{_VLLM}features/quantization/quantized_kvcache.html", _VLLM_ARGS)
-    ),
-    "fp8-weights": Case(whole(pool(quantization="fp8")), (f"{_VLLM}features/quantization/fp8.html", _VLLM_ARGS)),
-    "speculation-ngram": Case(
-        whole(pool(speculative_method="ngram", speculative_tokens=4)), (f"{_VLLM}features/spec_decode.html",)
-    ),
+    "fp8-kv-cache": Case(whole(pool(kv_cache_dtype="fp8")), (_VLLM_ARGS,)),
+    "fp8-weights": Case(whole(pool(quantization="fp8")), (_VLLM_ARGS,)),
+    "speculation-ngram": Case(whole(pool(speculative_method="ngram", speculative_tokens=4)), (_VLLM_ARGS,)),
     "speculation-eagle3": Case(
         whole(pool(speculative_method="eagle3", speculative_tokens=3, sizes={"tp": 2})),
-        (f"{_VLLM}features/spec_decode.html",),
+        (_VLLM_ARGS,),
     ),
     "kernels-and-policy": Case(
         whole(
@@ -73,11 +70,11 @@ VLLM: dict[str, Case] = {
     ),
     "disaggregated-nixl": Case(
         pair({"tp": 2}, {"tp": 4}, kv_transport="rdma"),
-        (f"{_VLLM}features/nixl_connector_usage.html", f"{_VLLM}features/disagg_prefill.html"),
+        (f"{_VLLM}features/nixl_connector_usage.html", _VLLM_ARGS),
     ),
     "disaggregated-speculation": Case(
         pair({"tp": 1}, {"tp": 1}, speculative_method="mtp", speculative_tokens=1),
-        (f"{_VLLM}features/nixl_connector_usage.html", f"{_VLLM}features/spec_decode.html"),
+        (f"{_VLLM}features/nixl_connector_usage.html", _VLLM_ARGS),
     ),
     "disaggregated-cores-files": Case(
         pair(
@@ -91,7 +88,7 @@ VLLM: dict[str, Case] = {
             dtype="float32",
             workload=SHORT,
         ),
-        (f"{_VLLM}getting_started/installation/cpu.html", f"{_VLLM}features/disagg_prefill.html"),
+        (_VLLM_ARGS, "launched for real: tests/vllm"),
     ),
 }
 
@@ -105,19 +102,20 @@ SGLANG: dict[str, Case] = {
     ),
     "attention-data-parallel": Case(
         whole(pool(sizes={"dp": 8, "ep": 8}, moe_a2a_backend="deepep")),
-        (f"{_SGLANG}expert_parallelism", f"{_SGLANG}dp_attention"),
+        (f"{_SGLANG}expert_parallelism", _SGLANG_ARGS),
     ),
     "attention-data-parallel-two-nodes": Case(
         over_two_nodes(pool(sizes={"tp": 2, "dp": 8})), (f"{_SGLANG}pd_disaggregation",)
     ),
     "fp8-kv-cache": Case(whole(pool(kv_cache_dtype="fp8_e4m3")), (f"{_SGLANG}quantized_kv_cache", _SGLANG_ARGS)),
-    "fp8-weights": Case(whole(pool(quantization="fp8")), (f"{_SGLANG}quantization", _SGLANG_ARGS)),
+    "fp8-weights": Case(whole(pool(quantization="fp8")), (_SGLANG_ARGS,)),
     "speculation-ngram": Case(
-        whole(pool(speculative_algorithm="NGRAM", speculative_num_steps=3)), (f"{_SGLANG}speculative_decoding",)
+        whole(pool(speculative_algorithm="NGRAM", speculative_num_steps=3)),
+        (f"{_SGLANG}speculative_decoding", _SGLANG_ARGS),
     ),
     "speculation-eagle3": Case(
         whole(pool(speculative_algorithm="EAGLE3", speculative_num_steps=3, sizes={"tp": 2})),
-        (f"{_SGLANG}speculative_decoding",),
+        (f"{_SGLANG}speculative_decoding", _SGLANG_ARGS),
     ),
     "kernels-and-policy": Case(
         whole(
@@ -130,7 +128,7 @@ SGLANG: dict[str, Case] = {
                 mem_fraction_static=0.8,
             )
         ),
-        (_SGLANG_ARGS, f"{_SGLANG}attention_backend"),
+        (_SGLANG_ARGS,),
     ),
     "disaggregated-mooncake": Case(pair({"tp": 2}, {"tp": 4}, kv_transport="rdma"), (f"{_SGLANG}pd_disaggregation",)),
     "disaggregated-nixl-tcp": Case(
@@ -173,7 +171,7 @@ TRTLLM: dict[str, Case] = {
     ),
     "kernels-and-policy": Case(
         whole(pool(cuda_graphs=False, attention_backend="FLASHINFER", scheduling_policy="MAX_UTILIZATION")),
-        (f"{_TRTLLM}llm-api/reference.html",),
+        (_TRTLLM_ARGS,),
     ),
     "disaggregated-ucx": Case(
         pair({"tp": 2}, {"tp": 4}, cache_transceiver="UCX", kv_transport="rdma"),

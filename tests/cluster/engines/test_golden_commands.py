@@ -25,6 +25,7 @@ _SGLANG = "https://docs.sglang.io/docs/advanced_features/"
 _SGLANG_ARGS = f"{_SGLANG}server_arguments"
 _TRTLLM = "https://nvidia.github.io/TensorRT-LLM/"
 _TRTLLM_ARGS = "https://github.com/NVIDIA/TensorRT-LLM/blob/main/tensorrt_llm/commands/serve.py"
+_TRTLLM_KEYS = "https://github.com/NVIDIA/TensorRT-LLM/blob/main/tensorrt_llm/llmapi/llm_args.py"
 SHORT = Workload(isl=Length(mean=300), osl=Length(mean=32))
 
 VLLM: dict[str, Case] = {
@@ -144,7 +145,8 @@ TRTLLM: dict[str, Case] = {
         whole(pool(sizes={"tp": 2, "pp": 2})), (_TRTLLM_ARGS, f"{_TRTLLM}features/parallel-strategy.html")
     ),
     "expert-parallel": Case(
-        whole(pool(sizes={"tp": 8, "ep": 8}, moe_backend="DEEPGEMM")), (f"{_TRTLLM}features/parallel-strategy.html",)
+        whole(pool(sizes={"tp": 8, "ep": 8}, moe_backend="DEEPGEMM")),
+        (f"{_TRTLLM}features/parallel-strategy.html", _TRTLLM_KEYS),
     ),
     "attention-data-parallel": Case(
         whole(pool(sizes={"dp": 8, "ep": 8})), (f"{_TRTLLM}features/parallel-strategy.html",)
@@ -159,19 +161,19 @@ TRTLLM: dict[str, Case] = {
     "chunked-prefill": Case(whole(pool(enable_chunked_prefill=True, max_num_tokens=4096)), (_TRTLLM_ARGS,)),
     "speculation-ngram": Case(
         whole(pool(speculative_method="NGram", speculative_tokens=3)),
-        (f"{_TRTLLM}features/speculative-decoding.html",),
+        (f"{_TRTLLM}features/speculative-decoding.html", _TRTLLM_KEYS),
     ),
     "speculation-mtp": Case(
         whole(pool(speculative_method="MTP", speculative_tokens=1, sizes={"tp": 8, "ep": 8})),
-        (f"{_TRTLLM}features/speculative-decoding.html",),
+        (f"{_TRTLLM}features/speculative-decoding.html", _TRTLLM_KEYS),
     ),
     "speculation-eagle3": Case(
         whole(pool(speculative_method="Eagle3", speculative_tokens=4)),
-        (f"{_TRTLLM}features/speculative-decoding.html",),
+        (f"{_TRTLLM}features/speculative-decoding.html", _TRTLLM_KEYS),
     ),
     "kernels-and-policy": Case(
         whole(pool(cuda_graphs=False, attention_backend="FLASHINFER", scheduling_policy="MAX_UTILIZATION")),
-        (_TRTLLM_ARGS,),
+        (_TRTLLM_KEYS, _TRTLLM_ARGS),
     ),
     "disaggregated-ucx": Case(
         pair({"tp": 2}, {"tp": 4}, cache_transceiver="UCX", kv_transport="rdma"),

@@ -9,13 +9,17 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import TrialState as OptunaState
 
+from search_spaces.hardware import Device
 from search_spaces.metrics import Direction
+from studies.codec import Json, from_json
+from studies.device_use import DeviceUse
 from studies.errors import StudyFormatError, StudyNotFoundError
 from studies.records import SCHEMA, TrialRecord, decode_trial
 from studies.storage import Storage
 
 STUDY_FILE, STUDY_HASH, STUDY_SCHEMA = "study_file", "study_file_sha256", "schema"
 POPULATION = "population_size"
+NODE_DEVICES, DEVICE_USE = "node_devices", "device_use"
 EARLIER = "earlier_studies"
 """Earlier studies that taught this one or gave it seeds, in words."""
 STABILITY = "stability"
@@ -66,6 +70,17 @@ class StudyHistory:
     def population(self) -> int:
         """Trials of one generation."""
         return int(self._study.user_attrs[POPULATION])
+
+    @property
+    def node_devices(self) -> dict[str, Device]:
+        """What a device of each measured node pool can do, as its study measured it; empty where none was."""
+        stored: dict[str, Json] = self._study.user_attrs.get(NODE_DEVICES, {})
+        return {name: from_json(Device, device) for name, device in stored.items()}
+
+    @property
+    def device_use(self) -> DeviceUse:
+        """How well the runs of the study used the devices, as far as they have said."""
+        return from_json(DeviceUse, self._study.user_attrs.get(DEVICE_USE, {}))
 
     @property
     def study_file(self) -> str:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from optuna.trial import FrozenTrial
 
 from search_spaces.engines import engine_spec
 from search_spaces.errors import require
+from search_spaces.hardware import Device
 from search_spaces.metrics import Direction
 from search_spaces.outcome import Failure, FailureReason, Measurement, Outcome
 from search_spaces.problem import Problem
@@ -47,10 +48,13 @@ from search_spaces.space import Space
 from studies import pareto
 from studies.codec import Json, to_json
 from studies.constraints import constraint_names, failed_violations, measured_violations
+from studies.device_use import DeviceUse
 from studies.errors import LeaseLostError, StudyExistsError, StudyFileChangedError
 from studies.generations import Generations
 from studies.history import (
+    DEVICE_USE,
     EARLIER,
+    NODE_DEVICES,
     POPULATION,
     STABILITY,
     STUDY_FILE,
@@ -104,7 +108,8 @@ class StudySetup:
     `study_file` is the text of the resolved study file, stored with the study. `directory` receives `artifacts/` of
     all its studies and `predictions/<name>/`. `budget_trials` and `in_flight` (trials at once) set the population.
     Without `predict` the search is what `sampler` does alone. `seeds` are measured right after the defaults. `repeats`
-    says what is measured again.
+    says what is measured again. `devices` are the measured ones of node pools, stored so that no other run measures
+    them.
     """
 
     name: str
@@ -118,6 +123,7 @@ class StudySetup:
     predict: Predict | None = None
     seeds: tuple[Candidate, ...] = field(default=())
     sampler: SamplerKind = SamplerKind.NSGA2
+    devices: Mapping[str, Device] = field(default_factory=dict)
     repeats: RepeatRule = NO_REPEATS
 
     def __post_init__(self) -> None:
@@ -196,6 +202,9 @@ class Study:
             lease=lease.id,
             artifacts=FileSystemArtifactStore(setup.artifact_dir),
         )
+        if setup.devices and setup.devices != self.history.node_devices:
+            self._writer.note_study(NODE_DEVICES, to_json(setup.devices))
+        self._used_before = self.history.device_use
         self._mirror = Mirror(storage.backend, study_id, seen=self._generations.add)
         self._enqueue_first()
 
@@ -272,6 +281,11 @@ class Study:
         """Remember with the study which earlier ones it learns from, in words."""
         if list(studies) != list(self.history.earlier):
             self._writer.note_study(EARLIER, list(studies))
+
+    def note_device_use(self, use: DeviceUse) -> None:
+        """Remember with the study how this run has used the devices so far, besides the runs before it."""
+        self.lease.ensure()
+        self._writer.note_study(DEVICE_USE, to_json(self._used_before.and_then(use)))
 
     @property
     def screened_out(self) -> int:

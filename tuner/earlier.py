@@ -90,8 +90,7 @@ def _lesson(history: StudyHistory, place: Place, file: StudyFile, problem: Probl
         other = stored_file(history, place)
     except StudyFileError:
         return None
-    devices = load_devices(place.nodes(other.name))
-    theirs = make_problem(other, devices)
+    theirs = make_problem(other, history.node_devices or load_devices(place.nodes(other.name)))
     relation = _relation(theirs, problem) if set(other.engines) & set(file.engines) else None
     if relation is None:
         return None

@@ -42,6 +42,8 @@ CONFIRMING_SHARE = 1 / 3
 """Share of a limited wall time that the search leaves for confirmations, at most."""
 
 
+NOTE_USE_S = 60.0
+"""A run that is killed has noted how it used the devices up to so long before."""
 DONE = object()
 
 
@@ -156,6 +158,7 @@ class Search:
     _confirming: bool = False
     _started: float = 0.0
     _view: _View = field(init=False)
+    _use_noted_s: float = 0.0
     _thoughts: Iterator[None] = field(default_factory=lambda: iter(()))
 
     def run(self) -> StopReason | None:
@@ -163,7 +166,7 @@ class Search:
 
         Nothing is left running then.
         """
-        self._started = self.clock()
+        self._started = self._use_noted_s = self.clock()
         self.utilisation = Utilisation(devices=sum(pool.devices for pool in self.plan.problem.node_pools))
         self._look()
         self.model.learn(self._view.trials)
@@ -304,8 +307,14 @@ class Search:
     def _tell(self, proposal: Proposal, outcome: Outcome) -> None:
         """Record the outcome; its files are artefacts of the study then, and their first copies go."""
         record = self.study.tell(proposal, outcome)
+        if self.clock() - self._use_noted_s >= NOTE_USE_S:
+            self._note_use()
         shutil.rmtree(self._folder(proposal), ignore_errors=True)
         self.observer.ended(record, self.plan.problem)
+
+    def _note_use(self) -> None:
+        self._use_noted_s = self.clock()
+        self.study.note_device_use(self.utilisation.use)
 
     def _folder(self, proposal: Proposal) -> Path:
         return self.plan.work_dir / f"{self.study.setup.name}-{proposal.trial_number}"

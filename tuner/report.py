@@ -7,7 +7,7 @@ import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 from rich import box
@@ -19,6 +19,7 @@ from search_spaces.metrics import METRICS, Direction
 from search_spaces.outcome import Failure, Measurement
 from search_spaces.problem import Problem
 from studies.codec import Json, to_json
+from studies.device_use import DeviceUse
 from studies.history import StudySummary
 from studies.noise import stability_of
 from studies.pareto import front
@@ -37,7 +38,7 @@ class StudyReport:
     """A study as it stands: its name, question and trials, whether it can still go on (`status`), and its storage.
 
     `trials` holds every run; what is compared are candidates, each with the means of its runs. `earlier` are the
-    earlier studies that taught it or gave it seeds, in words.
+    earlier studies that taught it or gave it seeds, in words. `device_use` is that of all its runs.
     """
 
     name: str
@@ -46,6 +47,7 @@ class StudyReport:
     trials: tuple[TrialRecord, ...]
     storage: str
     earlier: tuple[str, ...] = ()
+    device_use: DeviceUse = field(default_factory=DeviceUse)
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -268,6 +270,7 @@ def _head(report: StudyReport) -> list[RenderableType]:
         Text(f"  feasible    {sum(t.feasible for t in report.candidates)} ({len(report.front)} on the front)"),
         Text(f"  SLOs        {slos or 'none'}"),
         Text(f"  spent       {spent_text(report)}"),
+        *([Text(f"  devices     {report.device_use}")] if report.device_use.device_s > 0 else []),
         Text(f"  storage     {report.storage}"),
         *(Text(f"  learnt from {study}") for study in report.earlier),
     ]
@@ -412,6 +415,7 @@ def _overview(report: StudyReport) -> dict[str, Json]:
         ],
         "slos": [to_json(slo) for slo in report.problem.slos],
         "spent": to_json(spent(report.trials, report.problem)),
+        "device_use": to_json(report.device_use),
         "counts": counts | {"repeats": report.repeats},
         "measured_modes": {mode: modes.count(mode) for mode in sorted(set(modes))},
     }

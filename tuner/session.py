@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 
@@ -33,7 +33,7 @@ from tuner.recording import Recording
 from tuner.report import StudyReport
 from tuner.stored import find_history, make_report
 from tuner.study_errors import StudyFileError
-from tuner.study_file import differences, dump_study, parse_study
+from tuner.study_file import differences, dump_study, in_order_of, parse_study
 from tuner.study_schema import StudyFile
 from tuner.table_places import own_notes
 from tuner.wiring import make_budget, make_limits, make_predictor, make_problem, make_repeats, make_rule, make_space
@@ -83,19 +83,21 @@ def _run(
     history = find_history(storage, file.name)
     stored = history.study_file if history else dump_study(file)
     check_same_question(file, stored, observer)
+    file = in_order_of(parse_study(stored, name=f"stored study file of {file.name}"), file)
     problem, space = check_space(file)
     if history and _is_done(history, file):
         observer.note(f"study {file.name} has used its budget of {file.budget.trials} trials; nothing to measure")
         return Ended(reason=StopReason.TRIALS, report=make_report(history, file))
     observer.note(f"{'going on with' if history else 'beginning'} study {file.name}: {_question(problem, space)}")
     with connect(problem, place) as cluster:
-        devices = _known_devices(file, problem, place, cluster, observer)
+        known = (history.node_devices if history else {}) or load_devices(place.nodes(file.name))
+        devices = _with_measured(known, file, problem, place, cluster, observer)
         problem = make_problem(file, devices)
         for line in own_notes(problem):
             observer.note(line)
         found = lessons(storage, place, file, problem) if file.earlier_studies == "related" else ()
         model = LearningModel(_taught(make_predictor(problem, file), found, observer))
-        setup = _setup(file, place, stored, problem, model, cluster.trials_at_once)
+        setup = _setup(file, place, stored, problem, devices, model, cluster.trials_at_once)
         if not (history and progress_of(history.trials()).finished):
             setup = _seeded(setup, found, observer)
         study = open_study(storage, setup, lease) if history else create_study(storage, setup, lease)
@@ -189,19 +191,26 @@ def _question(problem: Problem, space: Space) -> str:
     return f"model {problem.model.name}, {space.size:,} genotypes, objectives {objectives}, SLOs {slos}"
 
 
-def _known_devices(
-    file: StudyFile, problem: Problem, place: Place, cluster: Cluster, observer: Observer
+def _with_measured(
+    stored: Mapping[str, Device],
+    file: StudyFile,
+    problem: Problem,
+    place: Place,
+    cluster: Cluster,
+    observer: Observer,
 ) -> dict[str, Device]:
-    """Measured devices of the CPU pools: read, or measured now and kept."""
-    path = place.nodes(file.name)
-    known = load_devices(path)
+    """The `stored` devices of the CPU pools, and those of other ones measured now.
+
+    What is measured is written beside the study too, where `tuner predict` finds it without a storage.
+    """
+    known = dict(stored)
     missing = [p for p in problem.node_pools if p.device.kind is DeviceKind.CPU and p.name not in known]
     for pool in missing:
         observer.note(f"measuring what a node of pool {pool.name} can do (once per study)")
         known[pool.name] = cluster.measure(pool)
         observer.note(_device_text(pool.name, known[pool.name]))
     if missing:
-        save_devices(path, known)
+        save_devices(place.nodes(file.name), known)
     return known
 
 
@@ -211,7 +220,13 @@ def _device_text(pool: str, device: Device) -> str:
 
 
 def _setup(
-    file: StudyFile, place: Place, stored: str, problem: Problem, model: LearningModel, in_flight: int
+    file: StudyFile,
+    place: Place,
+    stored: str,
+    problem: Problem,
+    devices: Mapping[str, Device],
+    model: LearningModel,
+    in_flight: int,
 ) -> StudySetup:
     return StudySetup(
         name=file.name,
@@ -223,6 +238,7 @@ def _setup(
         budget_trials=file.budget.trials,
         in_flight=in_flight,
         predict=model.predict,
+        devices=devices,
         sampler=SamplerKind(file.sampler),
         repeats=make_repeats(file),
     )
@@ -260,5 +276,6 @@ def _search(
         search = Search(study, runner, model, plan, observer, stop_requested)
         reason = search.run()
         if search.utilisation.device_s > 0:
-            observer.note(str(search.utilisation))
+            study.note_device_use(search.utilisation.use)
+            observer.note(str(search.utilisation.use))
         return reason

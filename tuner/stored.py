@@ -45,4 +45,5 @@ def make_report(history: StudyHistory, file: StudyFile) -> StudyReport:
         trials=trials,
         storage=history.storage.url,
         earlier=history.earlier,
+        device_use=history.device_use,
     )

@@ -236,10 +236,22 @@ def _absolute_commands(pool: NodePoolSection, directory: Path) -> NodePoolSectio
 def dump_study(study: StudyFile) -> str:
     """Canonical YAML of `study`: every default filled in, keys sorted, without the storage (it may hold a password).
 
-    `parse_study(dump_study(study))` equals `study` but for its storage.
+    Node pools keep their order: the first is the default. `parse_study(dump_study(study))` equals `study` but for its
+    storage.
     """
     tree = study.model_dump(mode="json", exclude=set(NOT_STORED), exclude_none=True)
-    return yaml.safe_dump(tree, sort_keys=True, allow_unicode=True, width=120)
+    ordered = _sorted(tree) | {"node_pools": {name: _sorted(pool) for name, pool in tree["node_pools"].items()}}
+    return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=120)
+
+
+def in_order_of(stored: StudyFile, study: StudyFile) -> StudyFile:
+    """`study` with its node pools in the order of `stored`, which has the same ones."""
+    return study.model_copy(update={"node_pools": {name: study.node_pools[name] for name in stored.node_pools}})
+
+
+def _sorted(tree: Tree) -> Tree:
+    """`tree` with the keys of all its mappings sorted."""
+    return {key: _sorted(tree[key]) if isinstance(tree[key], dict) else tree[key] for key in sorted(tree)}
 
 
 def study_hash(study: StudyFile) -> str:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from studies.device_use import DeviceUse
+
 
 @dataclass
 class Utilisation:
-    """Device-seconds while there is something left to propose; `devices` are those of all node pools.
-
-    A device counts as reserved from the placement of a trial until its outcome is known; deployments that are kept
-    warm do not count.
-    """
+    """Counts the use of `devices`, those of all node pools, while a search runs; see `studies.device_use`."""
 
     devices: int
     reserved_device_s: float = 0.0
@@ -27,12 +25,6 @@ class Utilisation:
         self._last_s, self._reserved = now_s, reserved
 
     @property
-    def share(self) -> float:
-        """Reserved share of all device-seconds, 0 before any time has passed."""
-        return self.reserved_device_s / self.device_s if self.device_s > 0 else 0.0
-
-    def __str__(self) -> str:
-        return (
-            f"while proposals remained, trials held {self.share:.0%} of the device-seconds of the node pools "
-            f"({self.reserved_device_s:,.0f} of {self.device_s:,.0f})"
-        )
+    def use(self) -> DeviceUse:
+        """What has been counted so far."""
+        return DeviceUse(reserved_device_s=self.reserved_device_s, device_s=self.device_s)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from cluster.runner import TrialRequest
 from search_spaces.hardware import Device, NodePool
@@ -19,6 +21,7 @@ from studies.records import Origin, TrialStatus
 from studies.stopping import StopReason
 from tests.support.memory_runner import MemoryRunner, Silence, measured
 from tuner.places import Place
+from tuner.report import show
 from tuner.session import Ended, run_study
 from tuner.study_errors import StudyFileError
 from tuner.study_file import dump_study, parse_study
@@ -108,6 +111,24 @@ def test_nodes_are_measured_once_per_study(bench: Bench) -> None:
     bench.run("budget.trials=2")
     bench.run("budget.trials=4")
     assert bench.cluster.measured_pools == ["local"]
+
+
+def test_another_machine_with_the_storage_alone_measures_no_node_again(bench: Bench, tmp_path: Path) -> None:
+    bench.run("budget.trials=2")
+    bench.place = replace(bench.place, directory=tmp_path / "elsewhere")
+    bench.run("budget.trials=4")
+    assert bench.cluster.measured_pools == ["local"]
+
+
+def test_what_the_devices_did_is_stored_with_the_study_and_adds_up_over_runs(bench: Bench) -> None:
+    first = bench.run("budget.trials=3").report.device_use
+    assert 0 < first.reserved_device_s < first.device_s
+    both = bench.run("budget.trials=5").report.device_use
+    assert both.device_s > first.device_s
+    assert both.reserved_device_s > first.reserved_device_s
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(show(bench.run("budget.trials=5").report))
+    assert str(both) in console.export_text()
 
 
 def test_a_second_run_of_a_finished_study_measures_nothing(bench: Bench) -> None:
@@ -227,13 +248,18 @@ def test_what_lies_beside_the_study(bench: Bench) -> None:
     assert len(list(bench.place.artifacts.iterdir())) == 6
 
 
-def test_the_space_does_not_depend_on_the_order_of_the_files_keys() -> None:
-    pools = "node_pools: {second: {cpus_per_node: 2}, first: {cpus_per_node: 2}}"
-    file = parse_study(TEXT.replace("node_pools: {local: {cpus_per_node: 4, price_per_hour: 1.0}}", pools), ())
+def test_the_stored_file_keeps_the_order_of_node_pools_whose_first_is_the_default(bench: Bench) -> None:
+    one, two = "second: {cpus_per_node: 2}", "first: {cpus_per_node: 2}"
+    local = "local: {cpus_per_node: 4, price_per_hour: 1.0}"
+    file = parse_study(TEXT.replace(local, f"{one}, {two}"), ())
     stored = parse_study(dump_study(file), name="stored")
-    assert list(file.node_pools) != list(stored.node_pools), "the stored file sorts its keys"
+    assert list(stored.node_pools) == list(file.node_pools) == ["second", "first"]
     spaces = [make_space(each, make_problem(each)) for each in (file, stored)]
     assert spaces[0].parameters == spaces[1].parameters
+    assert spaces[0].default().config.pools[0].node_pool == "second"
+    bench.run("budget.trials=2", text=TEXT.replace(local, f"{one}, {two}"))
+    swapped = bench.run("budget.trials=4", text=TEXT.replace(local, f"{two}, {one}"))
+    assert swapped.reason is StopReason.TRIALS, "the same question, in another order"
 
 
 def test_trials_at_once_set_the_population_and_the_search(bench: Bench) -> None:

@@ -31,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -344,7 +344,8 @@ class Cost:
 
     `ask_s` from before it was proposed to when it was handed to the runner, `begin_s` until the loop went on,
     `place_s` from free devices to a placement group, `notice_s` from its end to the poll that saw it, `tell_s` for
-    storing it, `learn_s` its share of what was learned after.
+    storing it, `learn_s` its share of what was learned after. `cpu_s` is the processor time of the loop's thread in
+    all this, whatever else the machine did; thinking ahead while trials run is not in it.
     """
 
     ask_s: float
@@ -353,11 +354,12 @@ class Cost:
     notice_s: float
     tell_s: float
     learn_s: float
+    cpu_s: float
 
     @property
     def total_s(self) -> float:
-        """The sum."""
-        return sum(asdict(self).values())
+        """The sum of what passed on the wall clock."""
+        return sum(asdict(self).values()) - self.cpu_s
 
 
 class Meter:
@@ -371,23 +373,28 @@ class Meter:
         self._process = psutil.Process()
         self._say = say
         self._asks_s = self._asked_s = self._ask_s = 0.0
-        self._ask: dict[int, tuple[float, float]] = {}
+        self._asks_cpu_s = self._tell_cpu_s = self._ended_cpu_s = 0.0
+        self._ask: dict[int, tuple[float, float, float]] = {}
         self._over: list[tuple[float, Trial]] = []
         self._open: list[Cost] = []
         self._ended_s = 0.0
+        self._is_asking = False
 
     def asks(self) -> None:
         """The loop is about to ask for a proposal."""
-        self._asks_s = time.monotonic()
+        if not self._is_asking:
+            self._asks_s, self._asks_cpu_s = time.monotonic(), time.thread_time()
 
     def asked(self) -> None:
         """The loop has a proposal, and hands it over."""
+        self._is_asking = True
         self._asked_s = time.monotonic()
         self._ask_s = self._asked_s - self._asks_s
 
     def over(self, trial: Trial) -> None:
         """The runner gives out the outcome of `trial`."""
         self._over.append((time.monotonic(), trial))
+        self._tell_cpu_s = time.thread_time()
 
     def note(self, text: str) -> None:
         """As `tuner.observer.Observer`."""
@@ -395,13 +402,18 @@ class Meter:
 
     def begun(self, proposal: Proposal) -> None:
         """As `tuner.observer.Observer`."""
-        self._ask[proposal.trial_number] = (self._ask_s, time.monotonic() - self._asked_s)
+        self._ask[proposal.trial_number] = (
+            self._ask_s,
+            time.monotonic() - self._asked_s,
+            time.thread_time() - self._asks_cpu_s,
+        )
+        self._is_asking = False
 
     def ended(self, record: TrialRecord, _problem: Problem) -> None:
         """As `tuner.observer.Observer`."""
-        self._ended_s = time.monotonic()
+        self._ended_s, self._ended_cpu_s = time.monotonic(), time.thread_time()
         seen_s, trial = self._over.pop(0)
-        ask_s, begin_s = self._ask.pop(record.number)
+        ask_s, begin_s, ask_cpu_s = self._ask.pop(record.number)
         cost = Cost(
             ask_s=ask_s,
             begin_s=begin_s,
@@ -409,14 +421,16 @@ class Meter:
             notice_s=seen_s - trial.ends_s,
             tell_s=self._ended_s - seen_s,
             learn_s=0.0,
+            cpu_s=ask_cpu_s + self._ended_cpu_s - self._tell_cpu_s,
         )
         self._open.append(cost)
 
     def now(self, snapshot: Snapshot) -> None:
         """As `tuner.observer.Observer`: called once in a turn of the loop, after what was learned."""
         learn_s = (time.monotonic() - self._ended_s) / max(1, len(self._open))
+        learn_cpu_s = (time.thread_time() - self._ended_cpu_s) / max(1, len(self._open))
         for cost in self._open:
-            self.costs.append(Cost(**{**asdict(cost), "learn_s": learn_s}))
+            self.costs.append(replace(cost, learn_s=learn_s, cpu_s=cost.cpu_s + learn_cpu_s))
             self.rss_bytes.append(self._process.memory_info().rss)
             if len(self.costs) % 50 == 0:
                 self._report(snapshot)
@@ -451,6 +465,7 @@ class Row:
     tell_s: float
     learn_s: float
     notice_s: float
+    cpu_s: float
     rss_mib: float
 
 
@@ -465,7 +480,10 @@ class Answer:
     rows: tuple[Row, ...]
     overhead_median_s: float
     overhead_mean_s: float
+    cpu_median_s: float
+    cpu_of_all_s: float
     growth: float
+    cpu_growth: float
     rss_growth_mib_per_1000: float
     busy: str
 
@@ -496,6 +514,7 @@ def rows_of(meter: Meter) -> tuple[Row, ...]:
                 tell_s=middle("tell_s"),
                 learn_s=middle("learn_s"),
                 notice_s=middle("notice_s"),
+                cpu_s=middle("cpu_s"),
                 rss_mib=meter.rss_bytes[first + size - 1] / 2**20,
             )
         )
@@ -538,6 +557,9 @@ def _answer(plan: Plan, meter: Meter, history: StudyHistory, wall_s: float) -> A
         rows=rows,
         overhead_median_s=statistics.median(totals),
         overhead_mean_s=statistics.fmean(totals),
+        cpu_median_s=statistics.median(cost.cpu_s for cost in meter.costs),
+        cpu_of_all_s=time.process_time() / max(1, len(totals)),
+        cpu_growth=rows[-1].cpu_s / rows[0].cpu_s,
         growth=rows[-1].overhead_s / rows[0].overhead_s,
         rss_growth_mib_per_1000=1000 * (rows[-1].rss_mib - rows[0].rss_mib) / (rows[-1].last - rows[0].last),
         busy=next((note for note in meter.notes if "device-seconds" in note), "not told"),
@@ -546,17 +568,20 @@ def _answer(plan: Plan, meter: Meter, history: StudyHistory, wall_s: float) -> A
 
 def print_table(answer: Answer, out: TextIO) -> None:
     """The rows, then the totals."""
-    head = ("trials", "overhead", "p95", "ask", "tell", "learn", "notice", "memory")
-    print(("{:>12}" + "{:>10}" * 7).format(*head) + "   (median ms; MiB)", file=out)
+    head = ("trials", "overhead", "p95", "ask", "tell", "learn", "notice", "cpu", "memory")
+    print(("{:>12}" + "{:>10}" * 8).format(*head) + "   (median ms; MiB)", file=out)
     for row in answer.rows:
-        seconds = (row.overhead_s, row.p95_s, row.ask_s, row.tell_s, row.learn_s, row.notice_s)
+        seconds = (row.overhead_s, row.p95_s, row.ask_s, row.tell_s, row.learn_s, row.notice_s, row.cpu_s)
         figures = "".join(f"{1000 * value:>10.0f}" for value in seconds)
         print(f"{row.first:>6}-{row.last:<5}{figures}{row.rss_mib:>10.0f}", file=out)
     print(f"{answer.finished} of {answer.plan.trials} trials finished, {answer.lost} lost and repeated", file=out)
     print(
         f"overhead of a trial: median {answer.overhead_median_s:.3f} s, mean {answer.overhead_mean_s:.3f} s", file=out
     )
-    print(f"growth of the median from the first tenth to the last: x {answer.growth:.2f}", file=out)
+    print(f"processor time of the loop for it: median {answer.cpu_median_s:.3f} s; ", end="", file=out)
+    print(f"of the whole coordinator, thinking ahead included: {answer.cpu_of_all_s:.2f} s per trial", file=out)
+    grown = f"x {answer.growth:.2f} (processor time x {answer.cpu_growth:.2f})"
+    print(f"growth of the median from the first tenth to the last: {grown}", file=out)
     print(f"memory grows by {answer.rss_growth_mib_per_1000:.0f} MiB per 1,000 trials", file=out)
     print(f"{answer.busy}; wall time {answer.wall_s:.0f} s", file=out)
     print("passed" if answer.passed else "FAILED", file=out)

@@ -24,6 +24,7 @@ from search_spaces.serving import Mode
 NEEDED = ("id", "model", "system", "engine", "mode", "isl", "osl", "ttft_ms", "tpot_ms")
 ROLES = ("prefill_", "decode_")  # how the columns of a role begin
 LENGTH_SHARE = 0.9  # lengths were drawn evenly between 80% and 100% of isl and osl
+LARGEST_TP = 16  # tensor-parallel ranks of a replica in any public recipe
 BURST_SHARE = 0.1  # a run of ten requests for each user starts with one of each user at once
 # Lengths (isl, osl) of InferenceX, whose client draws them; the other public runs keep them equal.
 DRAWN_LENGTHS = frozenset({("1024", "1024"), ("1024", "8192"), ("8192", "1024")})
@@ -207,6 +208,7 @@ def _concurrency(row: Mapping[str, str], mode: Mode) -> float:
 def _pools(row: Mapping[str, str], mode: Mode) -> tuple[RunPool, ...]:
     if mode is Mode.AGGREGATED:
         layout = run_layout(row, "")
+        _require_one_replica(layout)
         return (RunPool(layout=layout, replicas=_replicas(row)),)
     pools = []
     for role in ROLES:
@@ -215,6 +217,17 @@ def _pools(row: Mapping[str, str], mode: Mode) -> tuple[RunPool, ...]:
             raise InvalidValueError(f"{role}num_workers is empty; fill it in")
         pools.append(RunPool(layout=run_layout(row, role), replicas=int(workers)))
     return tuple(pools)
+
+
+def _require_one_replica(layout: ReplicaLayout) -> None:
+    """Refuse GPU totals of several pools: the public file lists some thirty runs of prefill and decode pools as aggregated.
+
+    Their tensor-parallel sizes are 12 to 72, with experts cut as finely, and most divide no model.
+    """
+    if layout.tp > LARGEST_TP and layout.ep == layout.dp == 1:
+        raise InvalidValueError(
+            f"tp={layout.tp} of an aggregated run counts the GPUs of several pools; give the sizes of each"
+        )
 
 
 def _replicas(row: Mapping[str, str]) -> int:

@@ -156,6 +156,14 @@ def test_a_run_that_is_listed_twice_is_known_by_the_complete_row(tmp_path: Path)
     assert isinstance(other, Unpredictable)
 
 
+def test_totals_of_several_pools_are_no_replica(tmp_path: Path) -> None:
+    (refused,) = read_runs(written(tmp_path, {"tp_size": "64", "moe_tp_size": "64", "moe_ep_size": "1"}))
+    assert isinstance(refused, Unpredictable)
+    assert "tp=64" in refused.reason
+    (product,) = read_runs(written(tmp_path, {"tp_size": "64", "moe_tp_size": "8", "moe_ep_size": "8"}))
+    assert isinstance(product, Run)
+
+
 def test_recipes_that_draft_tokens_are_known_by_their_image(tmp_path: Path) -> None:
     row = {"engine": "trtllm", "engine_version": "1.2.0rc6.post3"}
     drafting, parallel, plain = read_runs(

@@ -220,9 +220,10 @@ def _pools(row: Mapping[str, str], mode: Mode) -> tuple[RunPool, ...]:
 
 
 def _require_one_replica(layout: ReplicaLayout) -> None:
-    """Refuse GPU totals of several pools: the public file lists some thirty runs of prefill and decode pools as aggregated.
+    """Refuse GPU totals of several pools.
 
-    Their tensor-parallel sizes are 12 to 72, with experts cut as finely, and most divide no model.
+    The public file lists some thirty runs of prefill and decode pools as aggregated ones. Their tensor-parallel sizes
+    are 12 to 72, with experts cut as finely, and most divide no model.
     """
     if layout.tp > LARGEST_TP and layout.ep == layout.dp == 1:
         raise InvalidValueError(

@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-SAMPLE_S = 0.5
+SAMPLE_S = 1.0
 KEPT = 20_000
-"""Samples that are kept: close to three hours."""
+"""Samples that are kept: over five hours."""
 _SMI_LIMIT_S = 20.0
 
 
@@ -71,6 +71,12 @@ def parse_smi_power(text: str) -> dict[int, float]:
             except ValueError:
                 continue
     return found
+
+
+def total_power_w(watts: Sequence[float | None]) -> float | None:
+    """The sum; None where one is not known, since a part says nothing of the whole."""
+    known = [value for value in watts if value is not None]
+    return sum(known) if known and len(known) == len(watts) else None
 
 
 @dataclass

@@ -33,6 +33,7 @@ from cluster.engines.log_signs import telling_line
 from cluster.launched import launched
 from cluster.memory_kills import KillCount, kill_count, killed_for_memory
 from cluster.node_facts import NodeFacts, cpu_model, gpu_models, machine_id, usable_cores
+from cluster.power import PowerLog, gpu_power_w
 from cluster.processes import (
     ManagedProcess,
     Tags,
@@ -186,6 +187,7 @@ class ProcessActor:
         self._process: ManagedProcess | None = None
         self._job: Job | None = None
         self._kills: KillCount | None = None
+        self._power: PowerLog | None = None
         self._stopping = threading.Event()
         # the kernel ends a process with the thread that started it: this one lives as long as the actor
         self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="process-starter")
@@ -233,6 +235,10 @@ class ProcessActor:
         dead = process.wait(grace_s) is not None and not self._stopping.is_set()
         return Account(death=self._ended(process, job.backend, ready=ready) if dead else None, tail=process.tail())
 
+    def power_w(self, window_s: float) -> float | None:
+        """Mean electric power of the process's GPUs over the last `window_s`, None where they do not report it."""
+        return None if self._power is None else self._power.mean_w(window_s)
+
     def log(self) -> bytes:
         """The end of the process's log."""
         return b"" if self._job is None else end_of_log(self._job.log)
@@ -240,6 +246,8 @@ class ProcessActor:
     def stop(self, limit_s: float) -> bytes:
         """End the process and its descendants; returns the end of its log."""
         self._stopping.set()
+        if self._power is not None:
+            self._power.close()
         if self._process is not None:
             self._process.terminate(limit_s)
         log = self.log()
@@ -264,6 +272,7 @@ class ProcessActor:
         url = f"http://{seat.host}:{port}"
         limit_s = deadline_s - time.monotonic()
         if not job.serves_http or wait_until_answers(process, url + command.ready_path, limit_s):
+            self._watch_power(job, seat)
             return Serving(url=url, pid=process.pid, launched=record)
         if process.exit_code() is not None:
             return self._ended(process, job.backend, ready=False)
@@ -282,6 +291,12 @@ class ProcessActor:
         if isinstance(backend, NeedsHostMemory):
             return wait_for_host_memory(backend.host_memory_bytes(job.spec(seat, 0)), limit_s, given_up)
         return None
+
+    def _watch_power(self, job: Job, seat: Seat) -> None:
+        """Read the power of the replica's own GPUs from now on; emulated ones have none."""
+        if isinstance(job, ReplicaJob) and seat.on_gpu and not isinstance(job.backend, OwnDevices):
+            self._power = PowerLog(read=partial(gpu_power_w, seat.device_ids))
+            self._power.start()
 
     def _start(self, command: LaunchCommand, log: Path, seat: Seat) -> ManagedProcess:
         command.write_files()

@@ -26,19 +26,19 @@ from cluster.load.driver import LoadRun
 from cluster.load.measure import TIMINGS_ARTIFACT, LoadMeasurement
 from cluster.node_facts import NodeFacts
 from cluster.placement import Bundle, BundleKind, Placement
+from cluster.power import total_power_w
 from cluster.processes import ProcessId, Tags
-from cluster.ray_actors import MARKER, Account, Job, ProcessActor, ReplicaJob, RouterJob, Seat, Serving
+from cluster.ray_actors import MARKER, Job, ProcessActor, ReplicaJob, RouterJob, Seat, Serving
 from cluster.ray_calls import Calls
+from cluster.ray_inquiry import Inquiry, lost_actor, silent_node
 from cluster.ray_load import LoadActor, LoadJob, LoadReply
 from cluster.ray_nodes import NodeWatch
 from cluster.ray_session import RayCluster
 from cluster.records import engine_facts, environment, keep_logs, price_per_hour
 from cluster.runner import TrialRequest
-from cluster.verdicts import depth, most_telling
 from search_spaces.outcome import Failure, FailureReason, Measurement, Outcome
 from search_spaces.serving import Role
 
-AUTOPSY_GRACE_S = 0.3
 OVERLAPPING_CALLS = 8
 TIMINGS_FILE = "request_timings.parquet"
 ROUTER_STATS_FILE = "router_stats.json"
@@ -92,8 +92,9 @@ class RayDeployment:
         self._actors: dict[str, Any] = {}
         self._calls = Calls()
         self._logs: dict[str, bytes] = {}
-        self._suspects: list[tuple[str, Failure]] = []
-        self._inquiring = False
+        self._inquiry = Inquiry(
+            calls=self._calls, watch=site.watch, verdict=lambda failure: self._feed(life.Faulted(failure=failure))
+        )
         self._facts: dict[str, NodeFacts] = {}
         self._addresses: dict[str, str] = {}
         self._seats: dict[str, Seat] = {}
@@ -171,19 +172,7 @@ class RayDeployment:
     # faults
 
     def _gone(self, name: str, error: ray.exceptions.RayError) -> None:
-        self._investigate(name, self._lost(name, error))
-
-    def _lost(self, name: str, error: ray.exceptions.RayError) -> Failure:
-        """An actor is gone (with its node, or alone), or met an error that it should have turned into a failure."""
-        facts = self._facts.get(name)
-        gone = facts is not None and self._site.watch.is_lost(facts.node_id)
-        where = f" on {facts.host}" if facts is not None else ""
-        text = str(error).strip().splitlines()
-        return Failure(
-            reason=FailureReason.LOST_NODE if gone else FailureReason.UNHEALTHY_NODE,
-            detail=f"the actor of {name}{where} failed: {type(error).__name__}: {text[-1] if text else ''}",
-            log_tail="\n".join(text[-20:]),
-        )
+        self._investigate(name, lost_actor(name, self._facts.get(name), self._site.watch, error))
 
     def _is_silent(self, name: str) -> bool:
         """True where the node of `name` does not answer, whatever Ray says."""
@@ -191,41 +180,16 @@ class RayDeployment:
         return facts is not None and facts.node_id in self._site.watch.lost
 
     def _look_at_nodes(self) -> None:
-        silent = [bundle.name for bundle in self._placement.bundles if self._is_silent(bundle.name)]
-        if silent and self._state.alive and not self._inquiring:
-            hosts = ", ".join(sorted({self._facts[name].host for name in silent}))
-            detail = (
-                f"the node of {', '.join(silent)} ({hosts}) does not answer any more, though Ray counts it as alive"
-            )
-            self._investigate(silent[0], Failure(reason=FailureReason.LOST_NODE, detail=detail))
+        silent = {name: facts for name, facts in self._facts.items() if self._is_silent(name)}
+        if silent and not self._inquiry.is_open:
+            self._investigate(next(iter(silent)), silent_node(silent))
 
     def _investigate(self, name: str, failure: Failure | None) -> None:
-        """Hear from every process how it is, then stop for what tells most: the first sign is rarely the cause.
-
-        `failure` is what is known already of the part `name`.
-        """
-        if failure is not None:
-            self._suspects.append((name, failure))
-        if self._inquiring or not self._state.alive:
-            return
-        self._inquiring = True
-        ready = self._state.phase not in life.BOOTING
-        there = [bundle.name for bundle in self._processes if not self._is_silent(bundle.name)]
-        calls = {name: self._actors[name].account.remote(AUTOPSY_GRACE_S, ready=ready) for name in there}
-        self._calls.gather(calls, self._condemn)
-
-    def _condemn(self, accounts: Mapping[str, Account]) -> None:
-        deaths = [(name, account.death) for name, account in accounts.items() if account.death is not None]
-        unknown = Failure(reason=FailureReason.ENGINE_CRASH, detail="a process ended, and nothing says why")
-        known = [*self._suspects, *deaths] or [("", unknown)]
-        guilty, cause = min(known, key=lambda pair: depth(pair[1]))
-        if cause.reason is FailureReason.UNHEALTHY_NODE and guilty in self._facts:
-            self._site.watch.distrust(self._facts[guilty].node_id)
-        first, *others = [failure for _, failure in known]
-        failure = most_telling(first, others)
-        if not failure.log_tail:
-            failure = replace(failure, log_tail="\n".join(f"[{n}]\n{a.tail}" for n, a in accounts.items() if a.tail))
-        self._feed(life.Faulted(failure=failure))
+        """Stop for what tells most of a fault: `failure` is the first sign of it, which is rarely the cause."""
+        if self._state.alive:
+            there = {b.name: self._actors[b.name] for b in self._processes if not self._is_silent(b.name)}
+            ready = self._state.phase not in life.BOOTING
+            self._inquiry.hear(name, failure, actors=there, facts=self._facts, ready=ready)
 
     @property
     def _processes(self) -> tuple[Bundle, ...]:
@@ -449,13 +413,26 @@ class RayDeployment:
             measurement = self._measurement(outcome, artifacts)
             if reply.kv_tokens is not None:
                 measurement = replace(measurement, environment={"kv_tokens_handed_over": f"{reply.kv_tokens:.0f}"})
-            self._with_logs(trial, measurement)
+            self._with_power(trial, measurement, outcome.measure_s)
             return
         failure = replace(outcome, artifacts={**outcome.artifacts, **artifacts})
         if failure.reason is FailureReason.LATE_CLIENT:  # the deployment is not to blame and stays up
             self._with_logs(trial, failure)
         else:
             self._investigate(self._placement.client.name, failure)
+
+    def _with_power(self, trial: str, measurement: Measurement, measure_s: float) -> None:
+        """Add the power of the replicas' GPUs over the time of the measurement, then the logs."""
+        names = [bundle.name for bundle in self._placement.replicas]
+        if measurement.emulated or not all(self._seats[name].on_gpu for name in names):
+            self._with_logs(trial, measurement)
+            return
+        calls = {name: self._actors[name].power_w.remote(measure_s) for name in names}
+        self._calls.gather(calls, partial(self._powered, trial, measurement))
+
+    def _powered(self, trial: str, measurement: Measurement, watts: Mapping[str, float | None]) -> None:
+        known = total_power_w([watts.get(bundle.name) for bundle in self._placement.replicas])
+        self._with_logs(trial, replace(measurement, metrics=replace(measurement.metrics, power_w=known)))
 
     def _with_logs(self, trial: str, outcome: Outcome) -> None:
         """Tell what became of `trial` when the logs have come; the processes go on."""

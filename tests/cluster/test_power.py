@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cluster.power import PowerLog, gpu_power_w, parse_smi_power
+from cluster.engines.emulated import EmulatedBackend
+from cluster.engines.llamacpp import LlamaCppBackend
+from cluster.power import PowerLog, gpu_power_w, parse_smi_power, total_power_w
+from cluster.processes import ProcessId, Tags
+from cluster.ray_actors import ProcessActor, ReplicaJob, Seat
+from tests.studies.toy import small_space, toy_problem
 
 
 @pytest.fixture
@@ -73,3 +80,41 @@ def test_a_log_samples_until_it_is_closed_and_one_that_cannot_read_has_no_figure
     blind.start()
     blind.close()
     assert blind.mean_w(60.0) is None
+
+
+def test_a_part_without_a_figure_leaves_none_for_the_whole() -> None:
+    assert total_power_w([100.0, 250.0]) == 350.0
+    assert total_power_w([100.0, None]) is None
+    assert total_power_w([]) is None
+
+
+def test_a_replica_on_gpus_logs_its_power_and_an_emulated_one_does_not(
+    smi: Callable[..., None], tmp_path: Path
+) -> None:
+    smi("0, 300.0\\n1, 200.0\\n")
+    seat = Seat(host="127.0.0.1", cores=(), device_ids=(0, 1), on_gpu=True)
+    problem = toy_problem()
+    job = ReplicaJob(
+        name="mixed-0",
+        backend=LlamaCppBackend(),
+        trial="t",
+        pool=small_space(problem).default().config.pools[0],
+        index=0,
+        model=problem.model,
+        workload=problem.workload,
+        model_dir=tmp_path,
+        work_dir=tmp_path,
+        shared_dir=tmp_path,
+    )
+    actor = ProcessActor(Tags(coordinator=ProcessId.of(os.getpid()), study="s", trial="t"))
+    assert actor.power_w(60.0) is None
+    actor._watch_power(replace(job, backend=EmulatedBackend()), seat)
+    assert actor._power is None
+    actor._watch_power(job, replace(seat, on_gpu=False))
+    assert actor._power is None
+    actor._watch_power(job, seat)
+    deadline = time.monotonic() + 20
+    while actor.power_w(60.0) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert actor.power_w(60.0) == 500.0
+    actor.stop(1.0)

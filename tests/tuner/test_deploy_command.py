@@ -36,6 +36,8 @@ TRIALS: dict[str, MakeChosen] = {
     "emulated-pd": lambda folder: on_gpus("emulated", folder, Mode.DISAGGREGATED, tp=2),
     "vllm": lambda folder: on_gpus("vllm", folder, tp=2, replicas=2),
     "vllm-pd": lambda folder: on_gpus("vllm", folder, Mode.DISAGGREGATED, tp=2),
+    "sglang-pd": lambda folder: on_gpus("sglang", folder, Mode.DISAGGREGATED, tp=2),
+    "trtllm-pd": lambda folder: on_gpus("trtllm", folder, Mode.DISAGGREGATED, tp=2),
 }
 
 

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -38,17 +39,33 @@ CASES: dict[str, Callable[[Path], Chosen]] = {
     "emulated-pd": lambda folder: on_gpus("emulated", folder, Mode.DISAGGREGATED, tp=2),
     "vllm": lambda folder: on_gpus("vllm", folder, tp=4),
     "vllm-pd": lambda folder: on_gpus("vllm", folder, Mode.DISAGGREGATED, 2, tp=4),
+    "sglang-pd": lambda folder: on_gpus("sglang", folder, Mode.DISAGGREGATED, tp=4),
+    "trtllm": lambda folder: on_gpus("trtllm", folder, tp=4),
+    "trtllm-pd": lambda folder: on_gpus("trtllm", folder, Mode.DISAGGREGATED, tp=4),
 }
 EVERYWHERE = (Target.SHELL, Target.COMPOSE, Target.KUBERNETES, Target.LWS)
 ONLY_VLLM = (Target.RAY_SERVE, Target.DYNAMO, Target.LLM_D)
 
 
-def deployed(case: str, target: Target, folder: Path) -> Path:
-    """The output folder of `target` for a case."""
-    out = folder / "out"
-    _, made = make_files(CASES[case](folder / "study"), target, out)
-    write_files(made, out)
-    return out
+Deployed = Callable[[str, Target], Path]
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    """Makes the output folder of a target for a case, once."""
+    folder = tmp_path_factory.mktemp("deployed")
+
+    @cache
+    def trial(case: str) -> Chosen:
+        return CASES[case](folder / case)
+
+    @cache
+    def make(case: str, target: Target) -> Path:
+        out = folder / f"{case}-{target}"
+        write_files(make_files(trial(case), target, out)[1], out)
+        return out
+
+    return make
 
 
 def documents(path: Path) -> Iterator[dict[str, Any]]:
@@ -68,8 +85,8 @@ def check_own_schema(tree: object, name: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("target", EVERYWHERE)
-def test_no_placeholder_is_left_and_no_secret_written(case: str, target: Target, tmp_path: Path) -> None:
-    out = deployed(case, target, tmp_path)
+def test_no_placeholder_is_left_and_no_secret_written(case: str, target: Target, deployed: Deployed) -> None:
+    out = deployed(case, target)
     for path in (path for path in out.rglob("*") if path.is_file() and path.suffix != ".gguf"):
         text = path.read_text()
         assert not re.search(r"\{\{|\{%|\{#|\bTODO\b|\bFIXME\b|<[A-Z_]{3,}>|\bNone\b|Undefined", text), path
@@ -78,8 +95,8 @@ def test_no_placeholder_is_left_and_no_secret_written(case: str, target: Target,
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_shell_scripts_pass_shellcheck(case: str, tmp_path: Path) -> None:
-    out = deployed(case, Target.SHELL, tmp_path)
+def test_shell_scripts_pass_shellcheck(case: str, deployed: Deployed) -> None:
+    out = deployed(case, Target.SHELL)
     checker = Path(sys.executable).with_name("shellcheck")
     for script in out.glob("*.sh"):
         assert script.stat().st_mode & 0o111
@@ -88,15 +105,15 @@ def test_shell_scripts_pass_shellcheck(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_compose_files_match_the_compose_specification(case: str, tmp_path: Path) -> None:
+def test_compose_files_match_the_compose_specification(case: str, deployed: Deployed) -> None:
     schema = json.loads((files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json").read_text())
-    (tree,) = documents(deployed(case, Target.COMPOSE, tmp_path) / "compose.yaml")
+    (tree,) = documents(deployed(case, Target.COMPOSE) / "compose.yaml")
     jsonschema.Draft7Validator(schema).validate(tree)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_kubernetes_manifests_match_its_published_schemas(case: str, tmp_path: Path) -> None:
-    trees = list(documents(deployed(case, Target.KUBERNETES, tmp_path) / "kubernetes.yaml"))
+def test_kubernetes_manifests_match_its_published_schemas(case: str, deployed: Deployed) -> None:
+    trees = list(documents(deployed(case, Target.KUBERNETES) / "kubernetes.yaml"))
     for tree in trees:
         kubernetes_validate.validate(tree, KUBERNETES, strict=True)
     check_references(trees)
@@ -130,8 +147,8 @@ def pods_of(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_leader_worker_sets(case: str, tmp_path: Path) -> None:
-    trees = list(documents(deployed(case, Target.LWS, tmp_path) / "lws.yaml"))
+def test_leader_worker_sets(case: str, deployed: Deployed) -> None:
+    trees = list(documents(deployed(case, Target.LWS) / "lws.yaml"))
     sets = [tree for tree in trees if tree["kind"] == "LeaderWorkerSet"]
     assert sets
     for tree in trees:
@@ -144,9 +161,9 @@ def test_leader_worker_sets(case: str, tmp_path: Path) -> None:
     check_references(trees)
 
 
-@pytest.mark.parametrize("case", ["vllm", "vllm-pd"])
-def test_a_dynamo_graph(case: str, tmp_path: Path) -> None:
-    trees = list(documents(deployed(case, Target.DYNAMO, tmp_path) / "dynamo.yaml"))
+@pytest.mark.parametrize("case", ["vllm", "vllm-pd", "sglang-pd", "trtllm", "trtllm-pd"])
+def test_a_dynamo_graph(case: str, deployed: Deployed) -> None:
+    trees = list(documents(deployed(case, Target.DYNAMO) / "dynamo.yaml"))
     graph = trees[-1]
     check_own_schema(graph, "dynamographdeployment")
     services = graph["spec"]["services"]
@@ -154,12 +171,19 @@ def test_a_dynamo_graph(case: str, tmp_path: Path) -> None:
         spec = dict(service["extraPodSpec"])
         check_pod(spec | {"containers": [{"name": "main", **spec.pop("mainContainer")}]})
     phases = {service.get("subComponentType") for name, service in services.items() if name != "Frontend"}
-    assert phases == ({"prefill", "decode"} if case == "vllm-pd" else {None})
+    assert phases == ({"prefill", "decode"} if case.endswith("-pd") else {None})
+    engine = case.removesuffix("-pd")
+    for name, service in services.items():
+        if name != "Frontend":
+            args = service["extraPodSpec"]["mainContainer"]["args"]
+            assert args[:2] == ["-m", f"dynamo.{engine}"]
+            assert not [word for word in args if word.startswith("--") and "_" in word]
+            assert args.count("--disaggregation-mode") == (1 if case.endswith("-pd") else 0)
 
 
 @pytest.mark.parametrize("case", ["vllm", "vllm-pd"])
-def test_values_for_llm_d(case: str, tmp_path: Path) -> None:
-    (values,) = documents(deployed(case, Target.LLM_D, tmp_path) / "values.yaml")
+def test_values_for_llm_d(case: str, deployed: Deployed) -> None:
+    (values,) = documents(deployed(case, Target.LLM_D) / "values.yaml")
     check_own_schema(values, "llm-d-modelservice")
     for section in ("decode", "prefill"):
         if values[section]["create"]:
@@ -186,8 +210,8 @@ def fields_of(source: Path, name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("case", ["vllm", "vllm-pd"])
-def test_a_config_for_ray_serve(case: str, tmp_path: Path) -> None:
-    (tree,) = documents(deployed(case, Target.RAY_SERVE, tmp_path) / "serve.yaml")
+def test_a_config_for_ray_serve(case: str, deployed: Deployed) -> None:
+    (tree,) = documents(deployed(case, Target.RAY_SERVE) / "serve.yaml")
     (application,) = tree["applications"]
     serve, llm = RAY / "serve" / "schema.py", RAY / "llm" / "_internal" / "serve"
     assert tree.keys() <= fields_of(serve, "ServeDeploySchema")
@@ -220,8 +244,8 @@ def test_a_platform_that_cannot_run_the_engine_says_what_can(target: Target, tmp
         make_files(embedded(tmp_path), target, tmp_path / "out")
 
 
-def test_the_readme_holds_the_figures_and_the_way_back(tmp_path: Path) -> None:
-    out = deployed("emulated-pd", Target.SHELL, tmp_path)
+def test_the_readme_holds_the_figures_and_the_way_back(deployed: Deployed) -> None:
+    out = deployed("emulated-pd", Target.SHELL)
     text = (out / "README.md").read_text()
     assert "EMULATED" in text
     assert "It misses SLOs: ttft\\_p99\\_ms=16 (SLO 1)" in text

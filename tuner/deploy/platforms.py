@@ -37,6 +37,17 @@ LLM_D_SIDECAR_PORT = 8200
 HTTP_FLAGS = ("--host", "--port", "--disable-uvicorn-access-log", "--enable-prompt-tokens-details")
 """Options of vLLM's and SGLang's own HTTP servers, which these platforms do not use."""
 MODEL_FLAGS = ("--model", "--model-path", "--served-model-name")
+DYNAMO_TRTLLM = {
+    "--max_seq_len": "--max-seq-len",
+    "--max_batch_size": "--max-batch-size",
+    "--max_num_tokens": "--max-num-tokens",
+    "--kv_cache_free_gpu_memory_fraction": "--free-gpu-memory-fraction",
+    "--tp_size": "--tensor-parallel-size",
+    "--pp_size": "--pipeline-parallel-size",
+    "--ep_size": "--expert-parallel-size",
+    "--extra_llm_api_options": "--extra-engine-args",
+}
+"""Options of `trtllm-serve` as `dynamo.trtllm` calls them; those of vLLM and SGLang have their own names there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,12 +227,27 @@ def _worker(part: Part, chosen: Chosen, wishes: Wishes, image: str) -> Worker:
     call = engine_call(part.command.argv, engine).without(HTTP_FLAGS)
     source = "--model" if engine == "vllm" else "--model-path"
     argv = ["python3", "-m", f"dynamo.{engine}", source, call.model, "--served-model-name", call.served_name]
-    argv += call.words
+    argv += _trtllm_words(call) if engine == "trtllm" else call.words
     if pool.role is not Role.MIXED and "--disaggregation-mode" not in argv:
         argv += ["--disaggregation-mode", str(pool.role)]
     phase = None if pool.role is Role.MIXED else str(pool.role)
     pod = pod_of(part, chosen, wishes, argv=tuple(argv), image=image)
     return Worker(name=f"{engine}-{pool.role}", phase=phase, replicas=pool.replicas, pod=pod)
+
+
+def _trtllm_words(call: EngineCall) -> tuple[str, ...]:
+    """The options under Dynamo's names; raises `InvalidValueError` for one that it does not have."""
+    words: list[str] = []
+    for flag, value in call.options:
+        if flag == "--backend":  # Dynamo's worker has the PyTorch one
+            continue
+        if flag == "--enable_chunked_prefill":
+            words += ["--override-engine-args", '{"enable_chunked_prefill": true}']
+        elif flag in DYNAMO_TRTLLM and value is not None:
+            words += [DYNAMO_TRTLLM[flag], value]
+        else:
+            raise InvalidValueError(f"dynamo.trtllm has no option for {flag}; deploy to kubernetes or lws")
+    return tuple(words)
 
 
 def llm_d(chosen: Chosen, wishes: Wishes) -> Output:

@@ -163,14 +163,14 @@ def front_table(report: StudyReport) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("trial", justify="right")
     for metric in report.objectives:
-        table.add_column(_heading(metric), justify="right", style="bold")
+        table.add_column(_heading(metric), justify="right", style="bold", overflow="fold")
     for metric in _other_slos(report):
-        table.add_column(f"{_heading(metric)} SLO", justify="right")
+        table.add_column(f"{_heading(metric)} SLO", justify="right", overflow="fold")
     if report.problem.workload.rate_search is not None:
-        table.add_column("highest rate", justify="right")
+        table.add_column("highest\nrate", justify="right")
     if report.repeats:
         table.add_column("runs", justify="right")
-        table.add_column("ties with")
+        table.add_column("ties\nwith", overflow="fold")
     for trial in report.front:
         cells = (*_figures(report, trial), *_rate_cells(report, trial), *_repeat_cells(report, trial))
         table.add_row(str(trial.number), *cells)
@@ -181,7 +181,7 @@ def front_table(report: StudyReport) -> RenderableType:
 def _figures(report: StudyReport, trial: TrialRecord) -> list[str]:
     slos = {slo.metric: slo for slo in report.problem.slos}
     metrics = (*report.objectives, *_other_slos(report))
-    return [report.spreads.figure(trial, metric, slos.get(metric)) for metric in metrics]
+    return [report.spreads.figure(trial, metric, slos.get(metric)).replace(" ", "\n") for metric in metrics]
 
 
 def _rate_cells(report: StudyReport, trial: TrialRecord) -> tuple[str, ...]:
@@ -189,7 +189,7 @@ def _rate_cells(report: StudyReport, trial: TrialRecord) -> tuple[str, ...]:
     if report.problem.workload.rate_search is None:
         return ()
     found = report.spreads.highest_rate(trial)
-    return (rate_text(*found) if found else "-",)
+    return (rate_text(*found).replace(" to ", "\nto ") if found else "-",)
 
 
 def _repeat_cells(report: StudyReport, trial: TrialRecord) -> tuple[str, ...]:
@@ -230,8 +230,18 @@ def _other_slos(report: StudyReport) -> tuple[str, ...]:
 
 def _configs(report: StudyReport) -> list[Text]:
     return [
-        Text(f"  {trial.number:>5}  {candidate_text(trial.candidate)}") for trial in report.front if trial.candidate
+        Text(f"  {trial.number:>5}  {configuration_text(report, trial)}") for trial in report.front if trial.candidate
     ]
+
+
+def configuration_text(report: StudyReport, trial: TrialRecord) -> str:
+    """Mode, pools and load of a candidate in a line; a load that was searched is no given one."""
+    if trial.candidate is None:
+        return "?"
+    text = candidate_text(trial.candidate)
+    if report.problem.workload.rate_search is None:
+        return text
+    return f"{text.removesuffix(str(trial.candidate.load))}its highest rate"
 
 
 def _no_front(report: StudyReport) -> RenderableType:
@@ -243,7 +253,7 @@ def _no_front(report: StudyReport) -> RenderableType:
         for slo in report.problem.slos
         if nearest.violations.get(slo.metric, 0.0) > 0
     )
-    configuration = candidate_text(nearest.candidate) if nearest.candidate else "?"
+    configuration = configuration_text(report, nearest)
     return Text(
         f"No configuration of {report.name}{mark(report)} meets every SLO. "
         f"Nearest is trial {nearest.number}: {missed}\n"
@@ -289,7 +299,7 @@ def _best_table(report: StudyReport) -> RenderableType:
     for heading in ("objective", "value", "trial", "configuration"):
         table.add_column(heading, overflow="fold")
     for metric, trial in best(report).items():
-        text = candidate_text(trial.candidate) if trial.candidate else ""
+        text = configuration_text(report, trial)
         same = report.spreads.tied(trial, [t for t in report.candidates if t.feasible], metric)
         numbers = f"{trial.number} (ties with {', '.join(map(str, same))})" if same else str(trial.number)
         table.add_row(metric_label(metric), report.spreads.figure(trial, metric), numbers, Text(text))

@@ -124,7 +124,7 @@ def stability_table(stability: Stability, metrics: Sequence[str]) -> RenderableT
         return Text("Noise and drift are not known: nothing was measured twice yet.")
     table = Table(title="Noise and drift", box=box.SIMPLE_HEAD, title_justify="left")
     for heading in ("metric", "noise", "degrees of freedom", "drift of the control", "95% interval", ""):
-        table.add_column(heading, justify="left" if heading in ("metric", "") else "right")
+        table.add_column(heading, justify="left" if heading in ("metric", "") else "right", overflow="fold")
     for metric in known:
         noise, drift = stability.noise[metric], stability.drift.get(metric)
         table.add_row(metric, _percent(noise.log_stddev), str(noise.degrees), *_drift_cells(drift))
@@ -134,7 +134,7 @@ def stability_table(stability: Stability, metrics: Sequence[str]) -> RenderableT
 def _drift_cells(drift: Drift | None) -> tuple[str, str, str]:
     if drift is None:
         return "-", "-", ""
-    interval = f"{drift.low:+.1%} to {drift.high:+.1%}"
+    interval = f"{drift.low:+.1%}\nto {drift.high:+.1%}"
     return f"{drift.change:+.1%}", interval, "drifts" if drift.is_clear else "no clear drift"
 
 

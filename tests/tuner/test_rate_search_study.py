@@ -77,7 +77,8 @@ def test_the_goodput_at_the_slo_is_searched_and_shown_as_an_interval(bench: Benc
         assert report.spreads.count(member) >= 2
     assert all(request.first_rate is not None and request.first_rate > 0 for request in bench.requests)
     text = text_of(front_table(report))
-    assert "highest rate" in text
+    assert "at its highest rate" in text
+    assert "request_rate=64" not in text
     assert "/s" in text
     front = front_json(report)["front"]
     assert all(member["highest_rate"]["probes"] for member in front)  # type: ignore[index,call-overload,union-attr]  # JSON

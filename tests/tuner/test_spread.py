@@ -62,8 +62,11 @@ def test_figures_have_intervals_runs_and_ties() -> None:
         assert interval.mean == pytest.approx(mean)
         assert reports.metrics_of(member)[RATE] == pytest.approx(mean)
     assert "95% interval of the mean" in text
-    assert "ties with" in text
-    assert re.search(r"\d \u00b1\d\.\d%", text)
+    assert "ties" in text
+    assert re.search(r"\u00b1\d\.\d%", text)
+    narrow = text_of(reports.front_table(found), width=80)
+    assert "output_tokens_per_s" in "".join(narrow.split())
+    assert "\u2026" not in narrow, "nothing is cut off"
 
 
 def test_a_candidate_of_one_run_has_the_interval_of_the_studys_noise_and_says_so() -> None:

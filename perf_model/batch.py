@@ -55,8 +55,15 @@ def step_batch(
     decode_width: ArrayLike = 1.0,
 ) -> StepBatch:
     """A `StepBatch` whose fields are broadcast to one shape."""
-    arrays = np.broadcast_arrays(
-        *(floats(v) for v in (prefill_tokens, prefill_seqs, prompt, cached, decode_seqs, decode_context, decode_width))
-    )
+    given = (prefill_tokens, prefill_seqs, prompt, cached, decode_seqs, decode_context, decode_width)
+    arrays = [floats(value) for value in given]
+    shape = np.broadcast_shapes(*(array.shape for array in arrays))
     names = ("prefill_tokens", "prefill_seqs", "prompt", "cached", "decode_seqs", "decode_context", "decode_width")
-    return StepBatch(**dict(zip(names, arrays, strict=True)))
+    return StepBatch(**{name: _spread(array, shape) for name, array in zip(names, arrays, strict=True)})
+
+
+def _spread(array: FloatArray, shape: tuple[int, ...]) -> FloatArray:
+    """`array` in `shape`; a prediction makes thousands of batches, and `np.broadcast_to` is slow for numbers."""
+    if array.shape == shape:
+        return array
+    return np.full(shape, array) if array.ndim == 0 else np.broadcast_to(array, shape)

@@ -99,7 +99,7 @@ def subjects(options: argparse.Namespace) -> Subjects:
 
 
 def make_jobs(found: Subjects, searcher: str, seeds: int, *, logarithmic: bool, limit: int | None) -> list[Job]:
-    """Jobs of one searcher, all tables with the first seed first."""
+    """Jobs of one searcher, all tables with the first seed first, and of these the small ones."""
     return [
         Job(
             modelled=modelled,
@@ -110,7 +110,7 @@ def make_jobs(found: Subjects, searcher: str, seeds: int, *, logarithmic: bool, 
             limit=limit,
         )
         for seed in range(1 if searcher in DETERMINISTIC else seeds)
-        for modelled in found.modelled
+        for modelled in sorted(found.modelled, key=lambda one: len(one.table))
     ]
 
 
@@ -143,7 +143,10 @@ def carry_out(jobs: Sequence[Job], options: argparse.Namespace) -> tuple[list[Re
     with ProcessPoolExecutor(options.jobs) as pool:
         results = list(pool.map(partial(perform_kept, cache=options.cache), waiting))
     results += [result for result in known.values() if result is not None]
-    return complete_seeds(results, list(dict.fromkeys(job.modelled.table.name for job in jobs))), notes
+    kept, incomplete = complete_seeds(results, list(dict.fromkeys(job.modelled.table.name for job in jobs)))
+    if incomplete:
+        notes.append(f"not run on every table yet, hence left out of medians over tables: {', '.join(incomplete)}")
+    return kept, notes
 
 
 def findings(found: Subjects, options: argparse.Namespace) -> Findings:

@@ -42,6 +42,12 @@ _BLOCK = 1 << 16
 WIDTH_PRIOR_OBSERVATIONS = 10.0
 """How many residuals of unit size the width of the intervals starts from."""
 
+RECENT, CHANGED = 8, 2.0
+"""Residuals that tell a change of the noise, and the ratio of their size to the usual one from which they do."""
+
+MEDIAN_OF_NORMAL = 0.6745
+"""The median size of a standard normal number."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
@@ -452,13 +458,20 @@ def learn(studies: Sequence[tuple[Features, FloatArray]], *, start: Hyperparamet
 
 
 def interval_width(residuals: ArrayLike) -> float:
-    """Factor on standard deviations that the standardised one-step-ahead residuals (n,) call for.
+    """Factor on standard deviations that the standardised one-step-ahead residuals (n,), in their order, call for.
 
     The root of a posterior mean of their square: `WIDTH_PRIOR_OBSERVATIONS` of size 1 and the observed ones, each cut
-    at 3 so that an outlier does not widen every interval.
+    at 3 so that an outlier does not widen every interval. Where the noise has changed, the last `RECENT` residuals say
+    so: if their robust size (median over that of a normal number) is beyond `CHANGED` times that root, it counts
+    instead. Residuals of one size do that once in some two hundred times.
     """
-    squared = np.minimum(floats(residuals) ** 2, 9.0)
-    return float(np.sqrt((WIDTH_PRIOR_OBSERVATIONS + squared.sum()) / (WIDTH_PRIOR_OBSERVATIONS + len(squared))))
+    sizes = np.abs(floats(residuals))
+    squared = np.minimum(sizes**2, 9.0)
+    usual = float(np.sqrt((WIDTH_PRIOR_OBSERVATIONS + squared.sum()) / (WIDTH_PRIOR_OBSERVATIONS + len(squared))))
+    if len(sizes) < RECENT:
+        return usual
+    recent = float(np.median(sizes[-RECENT:])) / MEDIAN_OF_NORMAL
+    return recent if recent > CHANGED * usual else usual
 
 
 def with_width(surrogate: Surrogate, width: float) -> Surrogate:

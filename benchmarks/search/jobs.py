@@ -152,7 +152,13 @@ def read_result(path: Path) -> Result:
     return Result(run=found, **kept)
 
 
-def complete_seeds(results: Sequence[Result], tables: Sequence[str]) -> list[Result]:
-    """Those of `results` whose searcher has run with that seed on every one of `tables`, so that all count alike."""
+def complete_seeds(results: Sequence[Result], tables: Sequence[str]) -> tuple[list[Result], list[str]]:
+    """Those of `results` whose searcher has run with that seed on every one of `tables`, so that all count alike.
+
+    A searcher that has no such seed keeps what it has; these are named beside.
+    """
     done = {(r.searcher, r.seed, r.table) for r in results}
-    return [r for r in results if all((r.searcher, r.seed, table) in done for table in tables)]
+    whole = {(r.searcher, r.seed) for r in results if all((r.searcher, r.seed, table) in done for table in tables)}
+    finished = {searcher for searcher, _ in whole}
+    kept = [r for r in results if (r.searcher, r.seed) in whole or r.searcher not in finished]
+    return kept, sorted({r.searcher for r in results} - finished)

@@ -73,19 +73,24 @@ class Findings:
 
     @property
     def medians(self) -> dict[str, Medians]:
-        """Medians over all tables and seeds, by searcher."""
-        return {name: medians(results) for name, results in self.by_searcher.items()}
+        """Medians over all tables and seeds, of the searchers that have run on every table."""
+        return {name: medians(results) for name, results in self.by_searcher.items() if not self._missing(name)}
+
+    def _missing(self, searcher: str) -> list[str]:
+        """Tables on which a searcher has not run."""
+        return [table for table in self.sizes if not self.of_table(table, searcher)]
 
     def of_table(self, table: str, searcher: str) -> list[Result]:
         """Results of a searcher on a table."""
         return [r for r in self.by_searcher.get(searcher, []) if r.table == table]
 
     def paired(self, target: int) -> dict[str, float]:
-        """Median over tables of (median of ours / median of another searcher) to TARGETS[target]."""
+        """Median over the tables that both have of (median of ours / median of another searcher) to TARGETS[target]."""
+        tables = {name: self._missing(name) for name in self.by_searcher if name != OURS}
         return {
-            name: float(np.median([self._ratio(table, name, target) for table in self.sizes]))
-            for name in self.by_searcher
-            if name not in (OURS, ORACLE) and all(self.of_table(table, name) for table in self.sizes)
+            name: float(np.median([self._ratio(table, name, target) for table in self.sizes if table not in missing]))
+            for name, missing in tables.items()
+            if not self._missing(OURS)
         }
 
     def _ratio(self, table: str, other: str, target: int) -> float:
@@ -132,7 +137,7 @@ class Findings:
             "facts": list(self.facts),
             "tables": {
                 table: {"candidates": size}
-                | {name: _needed(medians(self.of_table(table, name))) for name in self.by_searcher}
+                | {name: _needed(medians(found)) for name in self.by_searcher if (found := self.of_table(table, name))}
                 for table, size in self.sizes.items()
             },
             "medians": {
@@ -156,10 +161,11 @@ class Findings:
         columns = RichTable("table", "candidates", *names, title=title)
         for table, size in self.sizes.items():
             columns.add_row(table, str(size), *[_cell(self.of_table(table, name)) for name in names])
-        columns.add_row("median", "", *[_cell(found) for found in self.by_searcher.values()])
-        regrets = [f"{found.early_regret:.1%}" for found in self.medians.values()]
+        whole = self.medians
+        columns.add_row("median", "", *[_cell(self.by_searcher[name]) if name in whole else "-" for name in names])
+        regrets = [f"{whole[name].early_regret:.1%}" if name in whole else "-" for name in names]
         columns.add_row(f"missed after {EARLY}", "", *regrets)
-        columns.add_row("seeds", "", *[str(found.seeds) for found in self.medians.values()])
+        columns.add_row("seeds", "", *[str(len({r.seed for r in self.by_searcher[name]})) for name in names])
         console.print(columns)
         verdicts = RichTable("criterion", "value", "asked", "met")
         for item in self.criteria:
@@ -167,7 +173,10 @@ class Findings:
             verdicts.add_row(item.criterion, f"{item.value:.3f}", asked, "yes" if item.met else "NO")
         console.print(verdicts)
         for at, target in enumerate(TARGETS):
-            ratios = ", ".join(f"{name} {value:.2f}" for name, value in self.paired(at).items())
+            ratios = ", ".join(
+                f"{name} {value:.2f} ({len(self.sizes) - len(self._missing(name))} tables)"
+                for name, value in self.paired(at).items()
+            )
             console.print(f"Paired, median over tables of ours / other to {target:.0%}: {ratios}", highlight=False)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perf_model import surrogate
-from perf_model.surrogate import Features, Hyperparameters, HyperPrior, fit, interval_width, learn
+from perf_model.surrogate import Features, Hyperparameters, HyperPrior, condition, fit, interval_width, learn
 from search_spaces.errors import InvalidValueError
 
 
@@ -192,3 +192,39 @@ def test_bad_features_are_named() -> None:
         replace(features, sizes=np.full((3, 2), np.nan))
     with pytest.raises(InvalidValueError, match=r"rho=1\.0"):
         Hyperparameters(rho=1.0)
+
+
+def test_intervals_widen_soon_after_the_noise_has_grown() -> None:
+    covered, falsely = [], []
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        sizes = np.concatenate([rng.normal(size=20), 4.0 * rng.normal(size=24)])
+        covered += [abs(sizes[i]) <= 1.645 * interval_width(sizes[:i]) for i in range(28, 44)]
+        falsely.append(interval_width(sizes[:20]) > 1.5)
+    assert 0.7 < np.mean(covered) < 0.95, "without noticing, less than half would be"
+    assert np.mean(falsely) < 0.05
+
+
+def test_the_kernel_is_the_sum_of_its_parts_and_solves_agree_with_plain_ones() -> None:
+    rng = np.random.default_rng(0)
+    hyper = Hyperparameters(bias=0.3)
+    first, second = (
+        Features(
+            categories=rng.integers(0, 3, (count, 4)),
+            sizes=rng.normal(size=(count, 3)),
+            loads=rng.normal(size=(count, 2)),
+            doubt=rng.uniform(0.5, 2.0, count),
+        )
+        for count in (40, 700)
+    )
+    correction = fit(first, rng.normal(size=40)).correct(second)
+    surrogate = correction.surrogate
+    cross = surrogate.covariance(first, second)
+    plain = np.linalg.solve(surrogate.factor, cross)
+    np.testing.assert_allclose(correction.solved, plain, atol=1e-9)
+    alike = np.array([[hyper.rho ** (a != b).sum() for b in second.categories] for a in first.categories])
+    gaps = [((a[:, None] - b[None]) ** 2).sum(2) for a, b in ((first.sizes, second.sizes), (first.loads, second.loads))]
+    near = np.exp(-0.5 * gaps[0] / hyper.size_scale**2 - 0.5 * gaps[1] / hyper.load_scale**2)
+    expected = hyper.bias**2 + alike * (hyper.level**2 + hyper.trend**2 * near)
+    found = condition(first, np.zeros(40), hyper).covariance(first, second)
+    np.testing.assert_allclose(found, expected * np.outer(first.doubt, second.doubt), rtol=1e-9)

@@ -88,7 +88,7 @@ def _figures(forecast: Forecast) -> list[str]:
     cost = values.get("cost_per_million_output_tokens")
     priced = "unknown: the node pools have no price_per_hour" if cost is None else f"${number(cost)}"
     lines.append(f"cost of a million output tokens {priced}")
-    lines.append(f"predicted {'to meet' if forecast.meets_slos else 'NOT to meet'} every SLO of the study")
+    lines.append(f"predicted {'to meet' if forecast.meets_slos else 'NOT to meet'} every hard SLO of the study")
     return lines
 
 

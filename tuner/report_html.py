@@ -17,7 +17,7 @@ from search_spaces.metrics import METRICS, Direction
 from search_spaces.serving import Mode
 from studies.records import TrialRecord
 from tuner.report import StudyReport, mark, metrics_of, ties
-from tuner.wording import metric_label, number, pools_text
+from tuner.wording import metric_label, number, pools_text, slo_text
 
 _COLOURS = {Mode.AGGREGATED: "#2f7ed8", Mode.DISAGGREGATED: "#e07b39"}
 _SYMBOLS = {Mode.AGGREGATED: "circle", Mode.DISAGGREGATED: "diamond"}
@@ -58,7 +58,7 @@ def write_front(report: StudyReport, path: Path) -> Path:
 
 
 def _summary(report: StudyReport) -> str:
-    slos = ", ".join(f"{slo.metric} {number(slo.threshold)}" for slo in report.problem.slos) or "none"
+    slos = ", ".join(map(slo_text, report.problem.slos)) or "none"
     infeasible = len(report.measured) - sum(trial.feasible for trial in report.measured)
     return (
         f"{len(report.measured)} trials measured, {infeasible} of them miss an SLO (SLOs: {slos}); "

@@ -37,7 +37,7 @@ from tuner.study_file import differences, dump_study, in_order_of, parse_study
 from tuner.study_schema import StudyFile
 from tuner.table_places import own_notes
 from tuner.wiring import make_budget, make_limits, make_predictor, make_problem, make_repeats, make_rule, make_space
-from tuner.wording import number
+from tuner.wording import number, slo_text
 
 FREE_TO_CHANGE = ("budget.",)
 """Keys that may differ from the stored study file: how long to search is no part of the question."""
@@ -187,7 +187,7 @@ def _is_done(history: StudyHistory, file: StudyFile) -> bool:
 
 def _question(problem: Problem, space: Space) -> str:
     objectives = ", ".join(f"{objective.metric} ({objective.direction})" for objective in problem.objectives)
-    slos = ", ".join(f"{slo.metric} {number(slo.threshold)}" for slo in problem.slos) or "none"
+    slos = ", ".join(map(slo_text, problem.slos)) or "none"
     return f"model {problem.model.name}, {space.size:,} genotypes, objectives {objectives}, SLOs {slos}"
 
 

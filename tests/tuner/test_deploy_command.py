@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search_spaces.errors import InvalidValueError
-from search_spaces.outcome import LaunchedProcess
+from search_spaces.outcome import LaunchedProcess, Probe
 from search_spaces.serving import Mode
+from search_spaces.workload import Arrival, Load
 from studies.codec import from_json, to_json
+from studies.noise import Basis, Interval
 from tests.support.deployable import ON_GPUS, config, embedded, measured, on_gpus
 from tests.support.reports import a_report
 from tuner.deploy.bench import Benchmark, dump_benchmark, load_benchmark
@@ -151,6 +153,31 @@ def test_best_is_the_front_member_that_is_best_in_an_objective() -> None:
             choose(found, file, wanted, objective)
     with pytest.raises(InvalidValueError, match="did not record"):
         choose(a_report(), file, "0")
+
+
+def test_the_readme_states_intervals_where_runs_were_repeated(tmp_path: Path) -> None:
+    chosen = embedded(tmp_path)
+    assert "95% interval" not in readme_of(chosen, tmp_path / "plain")
+    known = Interval(mean=11.0, low=10.0, high=12.5, runs=3, basis=Basis.REPEATS)
+    text = readme_of(replace(chosen, intervals={"ttft_p50_ms": known}), tmp_path / "known")
+    assert "| ttft\\_p50\\_ms | 11 | ms | 10 to 12.5 (3 runs) |" in text
+    assert "| tpot\\_p50\\_ms | 11 | ms |  |" in text
+
+
+def readme_of(chosen: Chosen, out: Path) -> str:
+    return next(file.text for file in make_files(chosen, Target.SHELL, out)[1] if file.path == "README.md")
+
+
+def test_of_a_searched_rate_the_highest_that_was_met_is_measured_again(tmp_path: Path) -> None:
+    chosen = embedded(tmp_path)
+    probes = (Probe(request_rate=2.0, met=True), Probe(request_rate=3.0, met=False), Probe(request_rate=2.5, met=True))
+    load = Load(arrival=Arrival.POISSON, value=64.0)
+    searched = replace(
+        chosen,
+        candidate=replace(chosen.candidate, load=load),
+        measurement=replace(chosen.measurement, probes=probes),
+    )
+    assert benchmark_of(searched).load == Load(arrival=Arrival.POISSON, value=2.5)
 
 
 TOY = """

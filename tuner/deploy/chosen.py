@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from cluster.engines.base import EngineBackend, PerDeployment
 from search_spaces.errors import InvalidValueError
@@ -10,6 +11,8 @@ from search_spaces.metrics import METRICS, Direction
 from search_spaces.outcome import LaunchedProcess, Measurement
 from search_spaces.problem import Problem
 from search_spaces.serving import Candidate, ServingConfig
+from search_spaces.workload import Load
+from studies.noise import Interval
 from studies.records import TrialRecord
 from tuner.report import StudyReport, metrics_of
 from tuner.study_schema import StudyFile
@@ -22,6 +25,7 @@ BEST = "best"
 class Chosen:
     """A measured trial. `backend` is that of its deployment; `rule` says how the trial was chosen.
 
+    Its figures are means over the runs of its configuration, `intervals` their 95% intervals as far as they are known.
     `local_model` is a copy on this machine of the model that the tool made for the measurement, None where there is
     none.
     """
@@ -34,12 +38,20 @@ class Chosen:
     measurement: Measurement
     backend: EngineBackend
     rule: str
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
     local_model: str | None = None
 
     @property
     def config(self) -> ServingConfig:
         """The deployed configuration."""
         return self.candidate.config
+
+    @property
+    def load(self) -> Load:
+        """The load whose figures these are: where a highest rate was searched, the highest one that met every SLO."""
+        met, missed = self.measurement.highest_rate
+        rate = met or missed
+        return self.candidate.load if rate is None else replace(self.candidate.load, value=rate)
 
     @property
     def processes(self) -> dict[str, LaunchedProcess]:
@@ -75,13 +87,16 @@ def choose(report: StudyReport, file: StudyFile, wanted: str, objective: str | N
         measurement=measurement,
         backend=backend,
         rule=rule,
+        intervals={
+            name: interval for name in METRICS if (interval := report.spreads.interval(trial, name)) is not None
+        },
     )
 
 
 def _numbered(report: StudyReport, wanted: str) -> TrialRecord:
     if not wanted.isdigit():
         raise InvalidValueError(f"--trial {wanted} is neither a trial's number nor {BEST}")
-    for trial in report.trials:
+    for trial in (*report.candidates, *report.trials):
         if trial.number == int(wanted):
             return trial
     raise InvalidValueError(f"study {report.name} has no trial {wanted}; it has 0 to {len(report.trials) - 1}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from search_spaces.metrics import METRICS
 from search_spaces.workload import Length, Workload
+from studies.noise import Basis, Interval
 from studies.records import EMULATED_NOTE
 from tuner.deploy.bench import API_KEY_VARIABLE, Benchmark
 from tuner.deploy.chosen import Chosen
@@ -42,7 +43,7 @@ _HARDWARE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A row of the table of figures; `interval` is empty where the trial was run once."""
+    """A row of the table of figures; `interval` is empty where nothing says how much it varies."""
 
     name: str
     value: str
@@ -61,7 +62,7 @@ def benchmark_of(chosen: Chosen) -> Benchmark:
         model_name=problem.model.name,
         vocab_size=problem.model.vocab_size,
         workload=problem.workload,
-        load=chosen.candidate.load,
+        load=chosen.load,
         rule=make_rule(chosen.file),
         slos=problem.slos,
         devices=metrics.devices,
@@ -88,7 +89,7 @@ def readme(chosen: Chosen, output: Output, wishes: Wishes) -> OutFile:
         measured_on=f"{chosen.trial.ended_at:%Y-%m-%d}" if chosen.trial.ended_at else "on an unknown day",
         missed=_missed(chosen),
         configuration=candidate_text(chosen.candidate),
-        load=str(chosen.candidate.load),
+        load=str(chosen.load),
         workload=_workload(chosen.problem.workload),
         engine=measurement.environment.get("engine_version", chosen.config.engine),
         devices=_devices(chosen),
@@ -124,7 +125,15 @@ def _figures(chosen: Chosen) -> Iterator[Figure]:
     flat = chosen.measurement.metrics.flat()
     for name in dict.fromkeys((*asked, *_FIGURES)):
         if name in flat:
-            yield Figure(name=name, value=number(flat[name]), unit=METRICS[name].unit)
+            interval = chosen.intervals.get(name)
+            text = "" if interval is None else _interval(interval)
+            yield Figure(name=name, value=number(flat[name]), unit=METRICS[name].unit, interval=text)
+
+
+def _interval(interval: Interval) -> str:
+    """The ends, and what they rest on."""
+    basis = f"{interval.runs} runs" if interval.basis is Basis.REPEATS else f"{interval.basis}, {interval.runs} run"
+    return f"{number(interval.low)} to {number(interval.high)} ({basis})"
 
 
 def _missed(chosen: Chosen) -> str:

@@ -10,9 +10,11 @@ restores it), both engines do it between two steps, and a router asks for each p
 
     prefill slot -> prompt computed -> saved -> decode slot -> restored -> completion asked for -> first token
 
-A save waits for the step that began when its prompt ended, if other prompts were waiting then; a restore waits for the
-rest of a decode step, the request after it for the step that began meanwhile. With one prefill slot there is nothing to
-wait for, and the slot is a server whose service is all of that. A replica whose slots are taken serves a prompt in
+The router gives a prompt to the replica with most free slots, so that it meets a busy one only where all are: with the
+probability that one is busy to the power of their number. A save waits for the step that began when its prompt ended,
+if other prompts were waiting then; a restore waits for the rest of a decode step, the request after it for the step
+that began meanwhile. With one prefill slot there is nothing to wait for, and the slot is a server whose service is all
+of that. A replica whose slots are taken serves a prompt in
 
     T(s/2) / (s/2) + save + call / s         (s slots; while the slots are filled again, the engine has nothing to do)
 
@@ -260,6 +262,8 @@ def _computing(load: PairLoad, prompts: _Prompts, state: _State, others: FloatAr
     coming = state.rate * others / load.prefill_ranks
     step = prompts.step_ms(state.batch)
     met = np.minimum(coming * step / state.batch, 1.0)
+    spread = met ** (load.prefill_ranks - 1.0) if load.through_engines else 1.0
+    met, coming = met * spread, coming * spread
     wait = met * step / 2.0 + np.minimum(coming * load.send_ms, 1.0) * load.send_ms / 2.0
     saved = load.send_ms * (1.0 + (state.batch - 1.0) / 2.0) + _behind(load, prompts, coming * step, most)
     batch = np.clip(1.0 + met * coming * step, 1.0, most)

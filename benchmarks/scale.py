@@ -1,6 +1,6 @@
 """A study of 2,000 trials on 1,000 accelerators: what the coordinator costs, and whether it keeps the nodes busy.
 
-    python benchmarks/scale.py [--trials 2000] [--nodes 125] [--parallel 72] [--speed-up 3] [--seed 0] [--json]
+    python benchmarks/scale.py [--trials 2000] [--nodes 125] [--parallel 72] [--speed-up 2] [--seed 0] [--json]
 
 What is real: the study file, its space and rules, the performance model and what it learns, the screen and NSGA-II, the
 SQLite storage with its lease, the loop of `tuner study run` (this process calls the same `run_study`), the placement
@@ -593,7 +593,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=2000)
     parser.add_argument("--nodes", type=int, default=125)
     parser.add_argument("--parallel", type=int, default=72, help="trials at once; more than fit, so that some wait")
-    parser.add_argument("--speed-up", type=float, default=3.0, help="of start-up and measurement")
+    parser.add_argument("--speed-up", type=float, default=2.0, help="of start-up and measurement")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for the storage; a temporary one by default")
     parser.add_argument("--json", action="store_true")

@@ -43,6 +43,7 @@ MOST_TOKENS = 2.0**21
 # ranks above which the public recipes balance experts (eplb).
 WIDE_TABLES = {"sglang": "wideep_{}_moe_perf", "trtllm": "wideep_moe_perf"}
 BALANCED_FROM = 8
+BLACKWELL = 100  # compute capability times ten of the first GPUs with units for 4-bit floats
 # Attention kernels that an engine picks by the GPU's compute capability, where its table holds several.
 PREFERRED_KERNELS = {("sglang", 90): "fa3", ("sglang", 100): "triton", ("sglang", 103): "triton"}
 
@@ -53,7 +54,8 @@ class OperationCosts:
 
     `repair` mends what is known to be wrong in the public tables: matrix products that were timed with their launch
     from the host (CUDA graphs hide it) are held against the other engines' on the same GPU, and of several kernels for
-    one shape of experts the fastest counts, as engines tune themselves. Without it rows are taken as they are.
+    one shape of experts the fastest counts, as engines tune themselves. Experts in mxfp4 are computed with activations
+    in mxfp8 where GPU and engine can. Without it rows are taken as they are.
     """
 
     store: TableStore
@@ -232,7 +234,15 @@ class OperationCosts:
         traffic += routed * (operation.hidden_size + width) * 2.0
         return 1e3 * np.maximum(flop / self.system.peak(form.compute), traffic / self.system.memory_bandwidth)
 
+    def _as_computed(self, operation: Experts) -> Experts:
+        """Weights in mxfp4 meet activations in mxfp8 on GPUs with units for both, where the engine has such kernels."""
+        narrow = replace(operation, format="w4a8_mxfp4_mxfp8")
+        able = self.repair and operation.format == "w4a16_mxfp4" and self.system.sm_version >= BLACKWELL
+        rows = {"moe_dtype": narrow.format, "hidden_size": operation.hidden_size}
+        return narrow if able and len(self.store.table("moe", "moe_perf").where(**rows)) else operation
+
     def _experts(self, operation: Experts) -> Curve:
+        operation = self._as_computed(operation)
         for form in (operation.format, *SUBSTITUTES[operation.format]):
             other = replace(operation, format=form)
             found = self._experts_exact(other) or self._experts_near(other)

@@ -251,6 +251,21 @@ def test_experts_of_their_own_on_every_rank_take_the_kernels_for_that(tmp_path: 
     assert costs(root, "trtllm").token_curve(other)(tokens)[0] == pytest.approx(2 * 64 * 2e-3, rel=0.01)
 
 
+@pytest.mark.parametrize(("capability", "latency_ms"), [(90, 4e-3), (100, 1e-3)])
+def test_experts_in_mxfp4_meet_activations_in_mxfp8_where_the_gpu_can(
+    tmp_path: Path, capability: int, latency_ms: float
+) -> None:
+    root = expert_tables(tmp_path)
+    facts = {**SYSTEM, "gpu": {**SYSTEM["gpu"], "sm_version": capability}}
+    (root / "test_sxm.yaml").write_text(yaml.safe_dump(facts), encoding="utf-8")
+    formats = {"w4a16_mxfp4": 4e-3, "w4a8_mxfp4_mxfp8": 1e-3}
+    rows = [row | {"moe_dtype": form} for form, time in formats.items() for row in expert_rows(time)]
+    write(root, "moe/vllm/1.0/moe_perf.parquet", rows)
+    operation = replace(EXPERTS, format="w4a16_mxfp4")
+    assert costs(root).token_curve(operation)(np.array([4.0]))[0] == pytest.approx(64 * latency_ms)
+    assert costs(root, repair=False).token_curve(operation)(np.array([4.0]))[0] == pytest.approx(64 * 4e-3)
+
+
 def test_tokens_go_to_all_ranks_only_while_these_are_few() -> None:
     """Over 16 ranks a token is sent to the 4 of its experts, over 8 to all."""
     block = MoeFeedForward(experts=64, active=4, intermediate_size=256)

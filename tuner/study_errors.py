@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from search_spaces.errors import TunerError
 from tuner.layers_resolve import COMMAND_LINE, STUDY_FILE
+from tuner.layers_study import LAYERING_KEYS
 from tuner.study_schema import KeyProblemError, StudyFile
 
 Path = tuple[str, ...]
@@ -164,7 +165,7 @@ def _field(path: Path) -> tuple[str, FieldInfo] | None:
 
 def _keys_of(path: Path) -> list[str]:
     if not path:
-        return list(StudyFile.model_fields)
+        return [*StudyFile.model_fields, *LAYERING_KEYS]
     found = _field(path)
     model = _model_in(found[1].annotation) if found else None
     return list(model.model_fields) if model else []

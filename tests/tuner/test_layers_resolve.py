@@ -226,6 +226,12 @@ def test_unknown_and_unsuitable_profiles_are_told(tmp_path: Path) -> None:
     assert "is none; give a folder" in problem(tmp_path, CPU + "layers: nowhere\n")
 
 
+def test_a_misspelt_steering_key_is_told_and_profiles_come_from_the_command_line_too(tmp_path: Path) -> None:
+    assert "profils (line 5): unknown key; did you mean profiles?" in problem(tmp_path, CPU + "profils: [chat]\n")
+    found = layered(tmp_path, CPU, ("profiles=[balanced]",))
+    assert "profile/balanced" in found.resolved.layers
+
+
 def test_a_bad_value_of_a_layer_is_told_with_its_layer(tmp_path: Path) -> None:
     message = problem(tmp_path, CPU, broken="stage: base\nset: {budget: {trials: many}}\n")
     assert "budget.trials (set by base/broken): 'many' is a text" in message

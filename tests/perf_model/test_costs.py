@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -256,7 +257,8 @@ def test_experts_in_mxfp4_meet_activations_in_mxfp8_where_the_gpu_can(
     tmp_path: Path, capability: int, latency_ms: float
 ) -> None:
     root = expert_tables(tmp_path)
-    facts = {**SYSTEM, "gpu": {**SYSTEM["gpu"], "sm_version": capability}}
+    gpu = {**cast("dict[str, object]", SYSTEM["gpu"]), "sm_version": capability}
+    facts = {**SYSTEM, "gpu": gpu}
     (root / "test_sxm.yaml").write_text(yaml.safe_dump(facts), encoding="utf-8")
     formats = {"w4a16_mxfp4": 4e-3, "w4a8_mxfp4_mxfp8": 1e-3}
     rows = [row | {"moe_dtype": form} for form, time in formats.items() for row in expert_rows(time)]

@@ -253,7 +253,7 @@ class Search:
         self._trying.append(_InFlight(proposal=proposal, handle=handle, state=Running(phase="start", elapsed_s=0.0)))
         self._look()
         self.model.believe(self._view.trials)
-        self._thoughts = self.study.think_ahead(self.runner.warm())
+        self._thoughts = self._new_thoughts()
         self.observer.begun(proposal)
 
     def _request(self, proposal: Proposal) -> TrialRequest:
@@ -292,9 +292,13 @@ class Search:
         if ended:
             self._look()
             self.model.learn(self._view.trials)
-            self._thoughts = self.study.think_ahead(self.runner.warm())
+            self._thoughts = self._new_thoughts()
         elif self._trying:
             self._wait()
+
+    def _new_thoughts(self) -> Iterator[None]:
+        """What to think of while trials run; nothing with one at a time: it may be measured on this very machine."""
+        return self.study.think_ahead(self.runner.warm()) if self.plan.in_flight > 1 else iter(())
 
     def _wait(self) -> None:
         """Until the next poll is due: think ahead, and sleep when there is nothing to think of any more."""

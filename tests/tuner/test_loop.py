@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +104,24 @@ def test_a_large_study_learns_anew_when_a_hundredth_more_was_measured(tmp_path: 
         model.learn(many[:count])
     assert fits == [250, 253, 256, 259]
     assert believed == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0], "what is not learnt yet is believed as predicted"
+
+
+@pytest.mark.parametrize(("in_flight", "thinks"), [(1, False), (2, True)])
+def test_the_loop_thinks_ahead_only_with_several_trials_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_flight: int, thinks: bool
+) -> None:
+    """A single one may be measured on the coordinator's own cores, which must be left alone."""
+    thoughts: list[int] = []
+
+    def think_ahead(study: Study, _warm: object) -> Iterator[None]:
+        thoughts.append(len(study.trials()))
+        yield
+
+    monkeypatch.setattr(Study, "think_ahead", think_ahead)
+    model = LearningModel(CalibratedPredictor(model=Biased()))
+    study = make_study(tmp_path, model, 5, in_flight)
+    assert search(study, MemoryRunner(polls=2), tmp_path, in_flight, model).run() is StopReason.TRIALS
+    assert bool(thoughts) is thinks
 
 
 def test_an_exception_leaves_no_trial_in_flight(tmp_path: Path) -> None:

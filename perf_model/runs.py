@@ -8,6 +8,7 @@ them says so.
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,9 @@ from pathlib import Path
 
 from perf_model.layout import ReplicaLayout
 from perf_model.precision import Precision
+from perf_model.tables import default_root
 from search_spaces.errors import InvalidValueError
+from search_spaces.hf_config import model_from_config
 from search_spaces.known_models import known_model
 from search_spaces.model import LatentAttention, ModelSpec
 from search_spaces.serving import Mode
@@ -153,7 +156,7 @@ def _identity(row: Mapping[str, str]) -> tuple[object, ...]:
 def _run(row: Mapping[str, str]) -> Run | Unpredictable:
     mode = Mode.DISAGGREGATED if row["mode"].startswith("disagg") else Mode.AGGREGATED
     try:
-        model = known_model(row["model"])
+        model = run_model(row["model"])
         pools = _pools(row, mode)
         precision = run_precision(row, model)
         concurrency = _concurrency(row, mode)
@@ -181,6 +184,18 @@ def _run(row: Mapping[str, str]) -> Run | Unpredictable:
         client_ms=0.0 if _drawn(row) else EQUAL_CLIENT_MS,
         speculation=_speculation(row, pools[-1].layout),
     )
+
+
+def run_model(name: str) -> ModelSpec:
+    """The model of the catalogue, else that of a config.json beside the public tables; raises `InvalidValueError`."""
+    try:
+        return known_model(name)
+    except InvalidValueError:
+        root = default_root()
+        file = root.parent / "model_configs" / f"{name.replace('/', '--')}_config.json" if root else None
+        if file is None or not file.is_file():
+            raise
+        return model_from_config(json.loads(file.read_text(encoding="utf-8")), name=name)
 
 
 def _number(row: Mapping[str, str], name: str) -> float:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 
 from perf_model.layout import ReplicaLayout
-from perf_model.runs import Run, Unpredictable, read_runs, run_layout
+from perf_model.runs import Run, Unpredictable, read_runs, run_layout, run_model
 from perf_model.silicon import Silicon
 from perf_model.validate import validate, write_predictions
 from search_spaces.errors import InvalidValueError
+from search_spaces.known_models import DIRECTORY
 
 COLUMNS = [
     "id",
@@ -154,6 +156,19 @@ def test_a_run_that_is_listed_twice_is_known_by_the_complete_row(tmp_path: Path)
     assert twin.pools == whole.pools
     assert [pool.replicas for pool in twin.pools] == [3, 4]
     assert isinstance(other, Unpredictable)
+
+
+def test_models_may_come_from_configs_beside_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = tmp_path / "core" / "model_configs"
+    configs.mkdir(parents=True)
+    catalogue = json.loads((DIRECTORY / "Qwen3-8B.json").read_text(encoding="utf-8"))
+    (configs / "acme--Small-1B_config.json").write_text(
+        json.dumps(catalogue | {"num_hidden_layers": 5}), encoding="utf-8"
+    )
+    monkeypatch.setattr("perf_model.runs.default_root", lambda: tmp_path / "core" / "systems")
+    assert run_model("acme/Small-1B").num_layers == 5
+    with pytest.raises(InvalidValueError, match="Small-2B"):
+        run_model("acme/Small-2B")
 
 
 def test_totals_of_several_pools_are_no_replica(tmp_path: Path) -> None:

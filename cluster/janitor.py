@@ -77,6 +77,13 @@ def end_tagged(processes: Sequence[TaggedProcess], limit_s: float = END_LIMIT_S)
     end_processes(live, limit_s)
 
 
+def end_owned(owner: ProcessId, study: str, limit_s: float = END_LIMIT_S) -> list[TaggedProcess]:
+    """End what `owner` of `study` has started on this host, grandchildren without a parent included; returns them."""
+    left = [process for process in tagged_processes(study) if process.owner == owner]
+    end_tagged(left, limit_s)
+    return left
+
+
 def coordinators_of(study: str) -> tuple[ProcessId, ...]:
     """The coordinators that processes of `study` on this host name."""
     return tuple({process.coordinator for process in tagged_processes(study) if process.coordinator is not None})

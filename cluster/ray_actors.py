@@ -6,6 +6,7 @@ Nothing heavy is imported here, as each actor is a new interpreter that a deploy
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -30,12 +31,14 @@ from cluster.engines.base import (
 )
 from cluster.engines.child_process import API_KEY_VARIABLE
 from cluster.engines.log_signs import telling_line
+from cluster.janitor import end_owned
 from cluster.launched import launched
 from cluster.memory_kills import KillCount, kill_count, killed_for_memory
 from cluster.node_facts import NodeFacts, cpu_model, gpu_models, machine_id, usable_cores
 from cluster.power import PowerLog, gpu_power_w
 from cluster.processes import (
     ManagedProcess,
+    ProcessId,
     Tags,
     end_of_log,
     free_port,
@@ -250,6 +253,7 @@ class ProcessActor:
             self._power.close()
         if self._process is not None:
             self._process.terminate(limit_s)
+            end_owned(ProcessId.of(os.getpid()), self._tags.study)  # what a process left that has crashed
         log = self.log()
         if self._job is not None and self._job.work_dir.parent == self._own_folder:
             shutil.rmtree(self._job.work_dir, ignore_errors=True)  # another actor of this node may do the same

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.placement import CLIENT_CPUS, HOST_CPUS_PER_GPU, ROUTER_CPUS
-from cluster.ray_session import ClusterError, RayCluster, connect
+from cluster.ray_session import ClusterError, RayCluster, connect, keep_ray_quiet
 from search_spaces.hardware import DeviceKind, NodePool
 
 _log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ def emulated_cluster(pools: Sequence[NodePool], *, trials_at_once: int = 1) -> I
     Raises `ClusterError` for pools that nothing can stand for (CPU pools are measured for real) or too many nodes.
     """
     _check(pools)
+    keep_ray_quiet()
     from ray.cluster_utils import Cluster
 
     cluster: Any = Cluster()

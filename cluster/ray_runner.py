@@ -47,6 +47,10 @@ _PHASES = {
 }
 
 
+class CannotSpanError(PlacementError):
+    """A replica would span nodes in a way that its engine cannot: the configuration's fault, not the cluster's."""
+
+
 @dataclass(kw_only=True)
 class _Trial:
     """A trial without an outcome; `owner` is the deployment that it waits for or runs on, None while it queues.
@@ -249,7 +253,9 @@ class RayTrialRunner:
                 return False
             placement = _plan(request, self._backends[config.engine], live)
         except PlacementError as error:
-            self._end(request.trial, Failure(reason=FailureReason.PLACEMENT, detail=str(error)))
+            never = isinstance(error, CannotSpanError) and not trial.possible
+            reason = FailureReason.INVALID_FLAGS if never else FailureReason.PLACEMENT
+            self._end(request.trial, Failure(reason=reason, detail=str(error)))
             return True
         trial.owner = self._launch(request, placement, live)
         return True
@@ -383,7 +389,7 @@ def _plan(request: TrialRequest, backend: EngineBackend, live: Mapping[str, int]
         parts = placement.parts(leader)
         refusal = _span_refusal(backend, config, leader, parts) if len(parts) > 1 else None
         if refusal is not None:
-            raise PlacementError(
+            raise CannotSpanError(
                 f"{', '.join(part.name for part in parts)} would be parts of a replica that spans nodes: {refusal}; "
                 "use fewer devices per replica"
             )

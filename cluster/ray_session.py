@@ -156,12 +156,21 @@ class RayCluster:
         ray.shutdown()
 
 
+def keep_ray_quiet() -> None:
+    """Set Ray's own options, before it is imported: it prints what it thinks of dead nodes to standard output.
+
+    That is where commands print JSON; what becomes of nodes is told by warnings of our own.
+    """
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 announces this as its coming default
+
+
 def connect(address: str | None, pools: Sequence[NodePool], *, trials_at_once: int = 1) -> RayCluster:
     """Start Ray on this machine (`address` None) or join it at `address` (host:port or `auto`), and find `pools` there.
 
     Raises `ClusterError` where Ray cannot be started or joined, `PlacementError` where a declared pool is not there.
     """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 announces this as its coming default
+    keep_ray_quiet()
     cluster = _start(pools, trials_at_once) if address is None else _join(address, pools, trials_at_once)
     try:
         check_pools(pools, cluster.nodes())

@@ -23,10 +23,10 @@ from cluster.runner import Running, TrialHandle, TrialRunner
 from search_spaces.errors import InvalidValueError, TunerError
 from search_spaces.measuring import MeasurementRule, TimeLimits
 from search_spaces.outcome import Failure, FailureReason, Measurement, Outcome
-from search_spaces.serving import ServingConfig
+from search_spaces.serving import Parallelism, ServingConfig
 from tests.support.processes import is_alive, wait_until_gone
 from tests.support.ray_faulty import FaultyBackend
-from tests.support.ray_problem import LIMITS, aggregated, disaggregated, request
+from tests.support.ray_problem import LIMITS, POOL, PROBLEM, aggregated, disaggregated, request
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
 
@@ -334,6 +334,19 @@ def test_a_configuration_that_no_node_holds(make_runner: MakeRunner, tmp_path: P
     failure = failed(runner.poll(runner.start(request("n0", aggregated(replicas=9), tmp_path))))
     assert failure.reason is FailureReason.PLACEMENT
     assert "9 replicas of 1 devices" in failure.detail
+
+
+def test_an_engine_that_cannot_span_nodes_says_so_before_anything_starts(
+    make_runner: MakeRunner, tmp_path: Path
+) -> None:
+    runner = make_runner()
+    problem = replace(PROBLEM, node_pools=(replace(POOL, nodes=2, devices_per_node=1),))
+    stages = replace(aggregated().pools[0], parallelism=Parallelism(pp=2))
+    config = ServingConfig(engine="llamacpp", pools=(stages,))
+    failure = failed(runner.poll(runner.start(request("n4", config, tmp_path, problem=problem))))
+    assert failure.reason is FailureReason.INVALID_FLAGS, "the same configuration could never run: no node is to blame"
+    assert "mixed-0.0, mixed-0.1 would be parts of a replica that spans nodes: engine llamacpp cannot" in failure.detail
+    assert runner.processes() == {}
 
 
 def test_trials_have_names_of_their_own_and_known_engines(make_runner: MakeRunner, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A replica that takes memory until the kernel ends it, or ends itself with the same signal."""
+"""Replicas that end badly: of memory, by a signal of their own, leaving a child behind."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ PROGRAMS = {
     "hog": f"print('loading', flush=True); {HELD}",
     "child": "import subprocess, sys; print('loading', flush=True); "
     f"subprocess.run([sys.executable, '-c', {HELD!r}]); sys.exit(1)",
+    "parent": "import subprocess, sys; "
+    "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True); "
+    "print('child', child.pid, flush=True); import os; os._exit(3)",
     "suicide": "print('loading', flush=True); import os; os.kill(os.getpid(), 9)",
 }
 
@@ -41,9 +44,18 @@ class Hog(LlamaCppBackend):
 
 
 def outcome(folder: Path, program: str) -> dict[str, object]:
-    """What the actor of a replica says of it, called as a plain object."""
+    """What the actor of a replica says of it."""
+    return asdict(served(make_actor(), folder, program))
+
+
+def make_actor() -> ProcessActor:
+    """The actor of a replica, as a plain object."""
+    return ProcessActor(Tags(study=f"hog-{os.getpid()}", trial="t", coordinator=ProcessId.of(os.getpid())))
+
+
+def served(actor: ProcessActor, folder: Path, program: str) -> Failure:
+    """How a replica ends that runs `program`."""
     (folder / MARKER).touch()
-    actor = ProcessActor(Tags(study="hog", trial="t", coordinator=ProcessId.of(os.getpid())))
     job = ReplicaJob(
         backend=Hog(program),
         name="mixed-0",
@@ -58,4 +70,4 @@ def outcome(folder: Path, program: str) -> dict[str, object]:
     )
     found = actor.serve(job, Seat(host="127.0.0.1", cores=()), 30.0)
     assert isinstance(found, Failure)
-    return asdict(found)
+    return found

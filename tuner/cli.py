@@ -12,7 +12,7 @@ import typer
 
 from search_spaces.errors import TunerError
 from tuner.config_cli import config_app, profiles_app
-from tuner.deploy.command import bench, deploy
+from tuner.deploy.command import bench, confirm, deploy
 from tuner.perf import perf_app
 from tuner.plan_cli import plan_command
 from tuner.predict import predict
@@ -42,6 +42,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(profiles_app, name="profiles")
 app.command("predict")(predict)
 app.command("plan")(plan_command)
+study_app.command("confirm")(confirm)
 app.command("deploy")(deploy)
 app.command("bench")(bench)
 

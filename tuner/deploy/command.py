@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tuner.deploy.chosen import Chosen
+    from tuner.deploy.confirm import Confirmation
     from tuner.deploy.machines import Output, Wishes
     from tuner.deploy.render import OutFile
 
@@ -27,6 +28,13 @@ class Target(StrEnum):
     RAY_SERVE = "ray-serve"
     DYNAMO = "dynamo"
     LLM_D = "llm-d"
+
+
+class Client(StrEnum):
+    """Which load generator measures."""
+
+    BUILT_IN = "built-in"
+    AIPERF = "aiperf"
 
 
 def deploy(  # noqa: PLR0913, PLR0917 - a parameter is an option of the command
@@ -78,13 +86,14 @@ def deploy(  # noqa: PLR0913, PLR0917 - a parameter is an option of the command
 def bench(
     file: Annotated[Path, typer.Argument(help="The benchmark.json of a deployment.")],
     url: Annotated[str, typer.Option("--url", help="The server's address, such as http://127.0.0.1:8000.")],
+    client: Annotated[Client, typer.Option("--with", help="aiperf: both clients in turn, and whether they agree.")] = (
+        Client.BUILT_IN
+    ),
+    repeats: Annotated[int, typer.Option("--repeats", min=2, help="Runs of each client, with aiperf.")] = 3,
     seed: Annotated[
-        int | None,
-        typer.Option("--seed", min=0, help="Other prompts and arrival times; those of the trial by default."),
+        int | None, typer.Option("--seed", min=0, help="Other prompts and arrivals; those of the trial by default.")
     ] = None,
-    timings: Annotated[
-        Path | None, typer.Option("--timings", help="Keep the raw timings in this Parquet file.")
-    ] = None,
+    timings: Annotated[Path | None, typer.Option("--timings", help="Keep raw timings in this Parquet file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Put the load of a measured trial on a server, and show what comes out beside what was measured."""
@@ -94,9 +103,57 @@ def bench(
     from tuner.deploy.bench_report import show_bench
 
     benchmark = load_benchmark(file)
+    if client is Client.AIPERF:
+        from cluster.load.aiperf import find_aiperf
+        from tuner.deploy.confirm import confirm_at
+
+        found = confirm_at(benchmark, url, find_aiperf(), repeats=repeats, configuration=str(benchmark.load))
+        _show_confirmations([found], as_json=as_json)
+        return
     with TemporaryDirectory(prefix="tuner-bench-") as folder:
         path = timings or Path(folder) / "request_timings.parquet"
         show_bench(benchmark, url, path, seed=seed, as_json=as_json)
+
+
+def confirm(
+    study: Annotated[str, typer.Argument(help="Name of a study that was measured on this machine.")],
+    trial: Annotated[
+        str | None, typer.Option("--trial", help="One trial, or best; the whole front by default.")
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=2, help="Runs of each client.")] = 3,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="First port of the deployments.")] = 8000,
+    storage: Annotated[str | None, typer.Option("--storage", help="Storage URL, as for the other commands.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Deploy the front on this machine, and measure it again with the built-in client and with AIPerf."""
+    from cluster.load.aiperf import find_aiperf
+    from tuner.deploy.chosen import choose
+    from tuner.deploy.confirm import confirm_here
+    from tuner.places import existing_place
+    from tuner.stored import history_of, make_report, stored_file
+
+    aiperf = find_aiperf()
+    place = existing_place(storage)
+    history = history_of(place, study)
+    file = stored_file(history, place)
+    report = make_report(history, file)
+    wanted = [trial] if trial is not None else [str(member.number) for member in report.front]
+    members = [choose(report, file, name) for name in wanted or ["best"]]
+    _show_confirmations([confirm_here(m, aiperf, repeats=repeats, port=port) for m in members], as_json=as_json)
+
+
+def _show_confirmations(found: list[Confirmation], *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from tuner.deploy.confirm import table_of
+
+    if as_json:
+        print(json.dumps([confirmation.json() for confirmation in found], indent=2))
+        return
+    console = Console(markup=False, highlight=False)
+    console.print(table_of(found))
+    for confirmation in found:
+        console.print(f"  {confirmation.trial:>5}  {confirmation.configuration}")
 
 
 def make_files(

@@ -79,11 +79,9 @@ def table(results: list[dict[str, object]]) -> str:
     for result in results:
         for row in result["metrics"]:  # type: ignore[attr-defined]  # the list above
             found = Agreement(**{key: value for key, value in row.items() if key != "within_noise"})
-            verdict = "within noise" if found.within_noise else "differ"
             ends = f"{found.ratio:.3f} ({found.low:.3f} to {found.high:.3f})"
-            lines.append(
-                f"| {result['load']} | {found.metric} | {found.first:.4g} | {found.second:.4g} | {ends} | {verdict} |"
-            )
+            values = f"{found.first:.4g} | {found.second:.4g}"
+            lines.append(f"| {result['load']} | {found.metric} | {values} | {ends} | {found.verdict} |")
     return "\n".join(lines)
 
 

@@ -13,6 +13,8 @@ from search_spaces.errors import require
 
 COMPARED = ("ttft_p50_ms", "tpot_p50_ms", "itl_p50_ms", "e2e_p50_ms", "output_tokens_per_s", "requests_per_s")
 CONFIDENCE = 0.95
+SMALL = 0.02
+"""A share of which nobody's decision depends: many repeatable runs tell apart what is as good as equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,13 @@ class Agreement:
     def within_noise(self) -> bool:
         """True where the runs do not tell the two apart."""
         return self.low <= 1.0 <= self.high
+
+    @property
+    def verdict(self) -> str:
+        """`within noise`, else `within 2%` where the whole interval is, else `differ`."""
+        if self.within_noise:
+            return "within noise"
+        return f"within {SMALL:.0%}" if max(abs(self.low - 1), abs(self.high - 1)) < SMALL else "differ"
 
 
 def agreement(metric: str, first: Sequence[float], second: Sequence[float]) -> Agreement:

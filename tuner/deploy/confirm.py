@@ -72,6 +72,7 @@ class Confirmation:
                     "ratio": found.ratio,
                     "interval": [found.low, found.high],
                     "within_noise": found.within_noise,
+                    "verdict": found.verdict,
                 }
                 for found in self.metrics
             ],
@@ -182,6 +183,6 @@ def table_of(confirmations: Sequence[Confirmation]) -> Table:
                 number(found.first),
                 number(found.second),
                 f"{found.ratio:.3f} ({found.low:.3f} to {found.high:.3f})",
-                "within noise" if found.within_noise else "differ",
+                found.verdict,
             )
     return table

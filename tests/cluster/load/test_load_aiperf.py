@@ -102,9 +102,11 @@ def test_where_it_is_missing_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPat
 
 def test_two_clients_agree_within_their_noise_and_not_beyond() -> None:
     same = agreement("ttft_p50_ms", [50.0, 51.0, 49.0], [50.5, 49.5, 51.5])
-    assert same.within_noise
+    assert (same.within_noise, same.verdict) == (True, "within noise")
+    close = agreement("tpot_p50_ms", [10.0, 10.001, 9.999], [10.1, 10.101, 10.099])
+    assert (close.within_noise, close.verdict) == (False, "within 2%")
     other = agreement("ttft_p50_ms", [50.0, 51.0, 49.0], [60.0, 61.0, 59.0])
-    assert not other.within_noise
+    assert (other.within_noise, other.verdict) == (False, "differ")
     assert other.low < other.ratio < other.high
     assert other.ratio == pytest.approx(1.2, rel=0.01)
     with pytest.raises(InvalidValueError, match="two runs"):

@@ -25,6 +25,7 @@ whatever the order, which bounds the rate: first >= N / ranks * that - (time els
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,7 @@ from perf_model.numeric import FloatArray
 from perf_model.phases import StepTimes, chunks, decode_step_ms, prefill
 from perf_model.serving import ServingEstimate, stage
 
-_ITERATIONS = 24
+_ITERATIONS = 14
 _FULL = 0.999
 
 
@@ -103,6 +104,33 @@ class _Prompts:
         return self.shared_ms + self.each_ms * prompts
 
 
+@dataclass(frozen=True)
+class _DecodeSteps:
+    """Times of decode steps of each configuration, on a grid of sequences; linear between."""
+
+    grid: FloatArray
+    times_ms: FloatArray  # sequences x configurations
+
+    def __call__(self, seqs: FloatArray) -> FloatArray:
+        """Milliseconds of a step with `seqs` sequences, one number for each configuration."""
+        at = np.clip(seqs, self.grid[0], self.grid[-1])
+        below = np.clip(np.searchsorted(self.grid, at, side="right") - 1, 0, max(len(self.grid) - 2, 0))
+        above, columns = np.minimum(below + 1, len(self.grid) - 1), np.arange(len(at))
+        share = (at - self.grid[below]) / np.maximum(self.grid[above] - self.grid[below], 1e-9)
+        low, high = self.times_ms[below, columns], self.times_ms[above, columns]
+        return np.asarray(low + share * (high - low))
+
+
+def _decode_steps(steps: StepTimes, load: PairLoad) -> _DecodeSteps:
+    """Steps of up to as many sequences as a rank may have, at the mean context."""
+    most = float(np.max(np.maximum(load.decode_slots, 1.0)))
+    grid = np.unique(np.round(np.geomspace(1.0, most, 2 + 4 * math.ceil(math.log2(most + 1.0)))))
+    context = np.broadcast_to(load.isl + load.osl / 2.0, (len(grid), len(load.isl)))
+    seqs = np.broadcast_to(grid[:, None], context.shape)
+    times = decode_step_ms(steps, seqs.ravel(), context.ravel()).reshape(context.shape)
+    return _DecodeSteps(grid, times)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _State:
     """The network at a rate (requests per ms): `batch` prompts in a prefill step, `decode_seqs` on a decode rank.
@@ -126,12 +154,12 @@ class _State:
 
 def disaggregated(prefill_steps: StepTimes, decode: StepTimes, load: PairLoad) -> ServingEstimate:
     """The deployment as a whole; `requests_per_s` counts all of its replicas."""
-    prompts = _prompts(prefill_steps, load)
+    prompts, steps = _prompts(prefill_steps, load), _decode_steps(decode, load)
     is_open = load.rate_per_s > 0
-    state = _closed_state(decode, load, prompts)
-    capacity = _capacity(decode, load, state)
+    state = _closed_state(steps, load, prompts)
+    capacity = _capacity(steps, load, state)
     if np.any(is_open):
-        opened = _open_state(decode, load, prompts, np.minimum(load.rate_per_s / 1e3, _FULL * capacity))
+        opened = _open_state(steps, load, prompts, np.minimum(load.rate_per_s / 1e3, _FULL * capacity))
         names = _State.__dataclass_fields__
         state = _State(**{name: np.where(is_open, getattr(opened, name), getattr(state, name)) for name in names})
     return _estimate(load, state, prompts, capacity)
@@ -161,16 +189,16 @@ def _prompts(steps: StepTimes, load: PairLoad) -> _Prompts:
     )
 
 
-def _capacity(decode: StepTimes, load: PairLoad, state: _State) -> FloatArray:
+def _capacity(steps: _DecodeSteps, load: PairLoad, state: _State) -> FloatArray:
     """Most requests per ms that the slower of the two pools serves."""
-    step = decode_step_ms(decode, np.maximum(load.decode_slots, 1.0), load.isl + load.osl / 2.0)
+    step = steps(load.decode_slots)
     full = load.later_tokens * step + load.decode_slots * load.receive_ms
     return np.minimum(load.prefill_ranks / state.bound_ms, load.decode_ranks * load.decode_slots / full)
 
 
-def _start(decode: StepTimes, load: PairLoad, prompts: _Prompts) -> _State:
+def _start(steps: _DecodeSteps, load: PairLoad, prompts: _Prompts) -> _State:
     """An empty network."""
-    step = decode_step_ms(decode, np.ones_like(load.isl), load.isl + load.osl / 2.0)
+    step = steps(np.ones_like(load.isl))
     zero, time = np.zeros_like(step), load.later_tokens * step
     alone = prompts.alone_ms + load.send_ms
     users = np.maximum(load.users, 1.0)
@@ -188,13 +216,13 @@ def _start(decode: StepTimes, load: PairLoad, prompts: _Prompts) -> _State:
     )
 
 
-def _closed_state(decode: StepTimes, load: PairLoad, prompts: _Prompts) -> _State:
+def _closed_state(steps: _DecodeSteps, load: PairLoad, prompts: _Prompts) -> _State:
     """Users who send again when answered."""
     users = np.maximum(load.users, 1.0)
     others = (users - 1.0) / users
-    state = _start(decode, load, prompts)
+    state = _start(steps, load, prompts)
     for _ in range(_ITERATIONS):
-        state = _decoding(decode, load, state, others, users)
+        state = _decoding(steps, load, state, others, users)
         elsewhere = load.request_ms + load.calls_ms + load.wire_ms + state.enter_ms + state.decode_ms
         state = _computing(load, prompts, state, others, elsewhere)
         total = state.first_ms + elsewhere
@@ -204,12 +232,12 @@ def _closed_state(decode: StepTimes, load: PairLoad, prompts: _Prompts) -> _Stat
     return state
 
 
-def _open_state(decode: StepTimes, load: PairLoad, prompts: _Prompts, rate: FloatArray) -> _State:
+def _open_state(steps: _DecodeSteps, load: PairLoad, prompts: _Prompts, rate: FloatArray) -> _State:
     """Requests that arrive at `rate` a ms, whoever sent them."""
     many = np.ones_like(rate)
-    state = _moved(_start(decode, load, prompts), rate)
+    state = _moved(_start(steps, load, prompts), rate)
     for _ in range(_ITERATIONS):
-        state = _decoding(decode, load, state, many, np.full_like(rate, np.inf))
+        state = _decoding(steps, load, state, many, np.full_like(rate, np.inf))
         state = _computing(load, prompts, state, many, np.full_like(rate, np.inf))
     use = np.clip(rate * state.bound_ms / load.prefill_ranks, 0.0, _FULL)
     queued = state.bound_ms * (1.0 + use / (2.0 * (1.0 - use)) / load.prefill_ranks)
@@ -220,7 +248,7 @@ def _moved(state: _State, rate: FloatArray, **changes: FloatArray) -> _State:
     return _State(**{**state.__dict__, "rate": rate, **changes})
 
 
-def _decoding(decode: StepTimes, load: PairLoad, state: _State, others: FloatArray, users: FloatArray) -> _State:
+def _decoding(steps: _DecodeSteps, load: PairLoad, state: _State, others: FloatArray, users: FloatArray) -> _State:
     """The decode rank: sequences that decode together, time to enter, time of the later tokens.
 
     A request sees the mean number of others where they come at random, and no more than the mean number of all where
@@ -232,7 +260,7 @@ def _decoding(decode: StepTimes, load: PairLoad, state: _State, others: FloatArr
     together = 1.0 + (state.batch - 1.0) / load.decode_ranks * np.clip(apart, 0.0, 1.0)
     seen = use * np.maximum(state.decode_seqs, 1.0) + (1.0 - use) * (1.0 + state.decode_seqs * others)
     seqs = np.minimum(np.maximum(seen, together), np.minimum(load.decode_slots, users))
-    step = decode_step_ms(decode, np.maximum(seqs, 1.0), load.isl + load.osl / 2.0)
+    step = steps(seqs)
     time = load.later_tokens * step + state.decode_seqs * others * load.receive_ms
     busy = _any(state.rate * time / load.decode_ranks, users)
     late = busy * (step / 2.0 + np.where(load.hop_ms < step, step - load.hop_ms, step / 2.0))

@@ -224,21 +224,29 @@ def _title(made: Planned) -> str:
 
 def _table(made: Planned) -> RenderableType:
     from rich import box
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
+    from tuner.report import metric_heading
     from tuner.wording import candidate_text, number
 
     table = Table(box=box.SIMPLE_HEAD)
     metrics = told_metrics(made)
-    for heading in ("copies", "trial", "requests/s each", *metrics, "configuration"):
-        table.add_column(heading, overflow="fold")
-    for unit, copies in made.plan.copies:
-        offer = made.offers[unit.name]
-        source = "PREDICTED" if unit.predicted else f"{unit.name}{' (EMULATED)' if offer.emulated else ''}"
+    for title in ("part", "copies", "from", "requests/s\neach", *(metric_heading(name, 8) for name in metrics)):
+        table.add_column(title, justify="right", overflow="fold")
+    for index, (unit, copies) in enumerate(made.plan.copies, start=1):
         figures = (number(unit.metrics[name]) if name in unit.metrics else "-" for name in metrics)
-        table.add_row(str(copies), source, number(unit.rate), *figures, Text(candidate_text(offer.candidate)))
-    return table
+        table.add_row(str(index), str(copies), _source(made.offers[unit.name]), number(unit.rate), *figures)
+    offers = [made.offers[unit.name] for unit, _ in made.plan.copies]
+    texts = [Text(f"  {i:>4}  {candidate_text(offer.candidate)}") for i, offer in enumerate(offers, start=1)]
+    return Group(table, *texts, Text())
+
+
+def _source(offer: Offer) -> str:
+    if offer.unit.predicted:
+        return "PREDICTED"
+    return f"trial {offer.unit.name}{', EMULATED' if offer.emulated else ''}"
 
 
 def told_metrics(made: Planned) -> tuple[str, ...]:

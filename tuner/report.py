@@ -164,9 +164,9 @@ def front_table(report: StudyReport) -> RenderableType:
     table.add_column("trial", justify="right")
     width = 11 if report.repeats else 16
     for metric in report.objectives:
-        table.add_column(_heading(metric, width), justify="right", style="bold", overflow="fold")
+        table.add_column(metric_heading(metric, width), justify="right", style="bold", overflow="fold")
     for metric in _other_slos(report):
-        table.add_column(f"{_heading(metric, width)} SLO", justify="right", overflow="fold")
+        table.add_column(f"{metric_heading(metric, width)} SLO", justify="right", overflow="fold")
     if report.problem.workload.rate_search is not None:
         table.add_column("highest\nrate", justify="right")
     if report.repeats:
@@ -210,7 +210,7 @@ def mark(report: StudyReport) -> str:
     return " (EMULATED: not measured on the hardware that it names)" if report.emulated else ""
 
 
-def _heading(metric: str, width: int) -> str:
+def metric_heading(metric: str, width: int = 11) -> str:
     """Name of `metric`, broken at underscores into lines of about `width`, then its unit and better direction."""
     lines = [""]
     for part in metric.split("_"):

@@ -99,28 +99,39 @@ def rescore_table(
 ) -> RenderableType:
     """The ranks under the new SLOs beside those under the study's own, best first."""
     from rich import box
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    from tuner.wording import candidate_text, number
+    from tuner.report import metric_heading
+    from tuner.wording import candidate_text
 
     table = Table(box=box.SIMPLE_HEAD)
     shown = tuple(dict.fromkeys((*objectives, *(slo.metric for slo in slos))))
-    for heading in ("rank", "was", "trial", "score", "SLO factor", *shown, "SLOs", "configuration"):
-        table.add_column(heading, overflow="fold")
+    for title in ("rank", "was", "trial", "score", "SLO\nfactor", *(metric_heading(name, 8) for name in shown)):
+        table.add_column(title, justify="right", overflow="fold")
     for item in scored:
-        missed = [f"{metric} {tier}" for metric, tier in item.tiers.items() if tier != "met"]
         table.add_row(
             str(item.rank),
             str(earlier.get(item.trial.number, "-")),
             str(item.trial.number),
             f"{item.score:.3f}" if item.feasible else "infeasible",
             f"{item.multiplier:.3f}",
-            *(number(item.metrics[metric]) for metric in shown),
-            ", ".join(missed) or "met",
-            Text(candidate_text(item.trial.candidate) if item.trial.candidate else "?"),
+            *(_figure(item, metric) for metric in shown),
         )
-    return table
+    texts = [
+        f"  {s.trial.number:>5}  {candidate_text(s.trial.candidate) if s.trial.candidate else '?'}" for s in scored
+    ]
+    note = Text("Beside a figure: (w) a warning of its SLO, (e) an error, (f) failed. Configurations by trial:")
+    return Group(table, note, *map(Text, texts))
+
+
+def _figure(item: Scored, metric: str) -> str:
+    """The value of `metric`, with a letter where an SLO on it is missed."""
+    from tuner.wording import number
+
+    tier = item.tiers.get(metric)
+    return number(item.metrics[metric]) + (f" ({tier[0]})" if tier is not None and tier != "met" else "")
 
 
 def rescore_json(

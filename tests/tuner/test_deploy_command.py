@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,6 +123,30 @@ def test_a_replica_on_two_nodes_keeps_its_parts(tmp_path: Path) -> None:
     assert output.endpoint == "http://192.0.2.1:8000"
     with pytest.raises(InvalidValueError, match="ran on 2"):
         make_files(chosen, Target.SHELL, tmp_path / "other", hosts=("192.0.2.1",))
+
+
+def test_a_replica_on_two_nodes_is_a_leader_worker_set(tmp_path: Path) -> None:
+    file = parse_study(ON_GPUS.format(engine="vllm"))
+    chosen = measured(file, config("vllm", Mode.AGGREGATED, pool="h100", tp=8, pp=2), tmp_path, nodes=("one", "two"))
+    _, made = make_files(chosen, Target.LWS, tmp_path / "out")
+    trees = list(yaml.safe_load_all(made[0].text))
+    (group,) = (tree for tree in trees if tree["kind"] == "LeaderWorkerSet")
+    template = group["spec"]["leaderWorkerTemplate"]
+    assert template["size"] == 2
+    leader, worker = (template[f"{kind}Template"]["spec"]["containers"][0] for kind in ("leader", "worker"))
+    address = f"{group['metadata']['name']}-0.{group['metadata']['name']}"
+    for container, rank in ((leader, "0"), (worker, "1")):
+        args = container["args"]
+        assert args[args.index("--node-rank") + 1] == rank
+        assert args[args.index("--master-addr") + 1] == address
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
+    assert "readinessProbe" in leader
+    assert "readinessProbe" not in worker
+    (service,) = (tree for tree in trees if tree["kind"] == "Service")
+    assert service["spec"]["selector"] == template["leaderTemplate"]["metadata"]["labels"]
+    for target in (Target.KUBERNETES, Target.DYNAMO):
+        with pytest.raises(InvalidValueError, match="span nodes"):
+            make_files(chosen, target, tmp_path / target)
 
 
 def test_records_survive_the_storage(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ node_pools: {local: {cpus_per_node: 2}}
 engines: [llamacpp]
 measurement: {requests: 16}
 """
-TALK = "{isl: 32, osl: 8, concurrency: 2, turns: 4, think_time: 500ms, shared_prefix: 0.5}"
 
 
 def study(workload: str) -> str:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from cluster.engines.base import NeedsSharedFolder
 from cluster.placement import HOST_CPUS_PER_GPU, ROUTER_CPUS
+from search_spaces.errors import InvalidValueError
 from search_spaces.outcome import LaunchedProcess
 from tuner.deploy.chosen import Chosen
 from tuner.deploy.images import dockerfile
@@ -39,6 +40,7 @@ class Pod:
     """
 
     name: str
+    part_name: str
     argv: tuple[str, ...]
     environment: dict[str, str]
     port: int
@@ -52,6 +54,16 @@ class Pod:
     large_shared_memory: bool = False
     node_selector: dict[str, str] = field(default_factory=dict)
     replicas: int = 1
+
+    @property
+    def group(self) -> str:
+        """The replica that it is, or is a part of."""
+        return self.part_name.partition(".")[0]
+
+    @property
+    def leads(self) -> bool:
+        """False for the part of a replica that serves no HTTP."""
+        return self.part_name.partition(".")[2] in {"", "0"}
 
     @property
     def knows_its_address(self) -> bool:
@@ -73,33 +85,50 @@ class Addressing(Protocol):
 
 
 def kubernetes(chosen: Chosen, wishes: Wishes) -> Output:
-    """`kubernetes.yaml`: Deployments and Services."""
+    """`kubernetes.yaml`: Deployments and Services; raises `InvalidValueError` for replicas that span nodes."""
+    if any(process.part is not None for process in chosen.measurement.processes):
+        raise InvalidValueError(
+            f"trial {chosen.trial.number} has replicas that span nodes, and Deployments hold none; choose lws or shell"
+        )
     return _output(chosen, wishes, "kubernetes.yaml", lambda name: f"{wishes.name}-{name}")
 
 
 def leader_worker_sets(chosen: Chosen, wishes: Wishes) -> Output:
     """`lws.yaml`: a LeaderWorkerSet for each replica, and the router as a Deployment.
 
-    The pod of a group's leader is called <set>-0, and the set makes a headless Service of its own name.
+    The pod of a group's leader is called <set>-0, that of its worker <set>-0-1, and the set makes a headless Service of
+    its own name. Raises `InvalidValueError` for a replica on more than two nodes: all workers of a set have one command,
+    and ours name their rank.
     """
-    return _output(
-        chosen,
-        wishes,
-        "lws.yaml",
-        lambda name: f"{wishes.name}-{name}" + ("" if name == ROUTER else f"-0.{wishes.name}-{name}"),
-    )
+    if any(process.part is not None and len(process.part.hosts) > 2 for process in chosen.measurement.processes):
+        raise InvalidValueError(
+            f"trial {chosen.trial.number} has replicas on more than two nodes, whose workers differ in their commands, "
+            "and a LeaderWorkerSet has one command for all workers; choose shell"
+        )
+    return _output(chosen, wishes, "lws.yaml", lambda name: _in_group(name, wishes.name))
+
+
+def _in_group(name: str, app: str) -> str:
+    """The host name of a process in a LeaderWorkerSet; of the router, the name of its Service."""
+    base, _, rank = name.partition(".")
+    if name == ROUTER:
+        return f"{app}-{name}"
+    worker = "" if rank in {"", "0"} else f"-{rank}"
+    return f"{app}-{base}-0{worker}.{app}-{base}"
 
 
 def _output(chosen: Chosen, wishes: Wishes, file: str, address: Addressing) -> Output:
     parts = parts_of(chosen, _in_pods(chosen, wishes, address))
     pods = [_pod(part, chosen, wishes) for part in parts]
+    leaders = [pod for pod in pods if pod.leads]
     text = render(
         f"{file}.j2",
         title=wishes.title,
         file=file,
         name=wishes.name,
-        pods=pods,
-        entry=pods[-1],
+        pods=leaders,
+        workers={pod.group: pod for pod in pods if not pod.leads},
+        entry=next((pod for pod in pods if pod.part_name == ROUTER), leaders[0]),
         claims=claims_of(pods),
         start_failures=max(1, round(chosen.file.limits.start_s) // STARTUP_PERIOD_S),
         start_period_s=STARTUP_PERIOD_S,
@@ -136,10 +165,11 @@ def _in_pods(chosen: Chosen, wishes: Wishes, address: Addressing) -> PlaceOf:
 def pod_of(part: Part, chosen: Chosen, wishes: Wishes, *, argv: tuple[str, ...], image: str) -> Pod:
     """The pod of a process that runs `argv`."""
     mounts = tuple(_mounts(part))
-    gpus = part.pool.devices_per_replica if part.pool is not None and uses_gpus(part.pool, chosen) else 0
+    gpus = len(part.measured.device_ids) if part.pool is not None and uses_gpus(part.pool, chosen) else 0
     cpus = gpus * HOST_CPUS_PER_GPU if gpus else _cpus(part, chosen)
     return Pod(
-        name=f"{wishes.name}-{part.name}",
+        name=f"{wishes.name}-{part.name.replace('.', '-')}",
+        part_name=part.name,
         argv=argv,
         environment=dict(sorted(part.command.env.items())),
         port=part.place.port,

@@ -260,8 +260,8 @@ class RayDeployment:
         backend, facts = self._backend, self._facts
         nodes = {facts[bundle.name].node_id for bundle in self._processes}
         hosts = sorted({facts[b.name].host for b in self._processes if not facts[b.name].sees_folder})
-        shares = not isinstance(backend, NeedsSharedFolder) or not backend.needs_shared_folder(self.config)
-        if len(nodes) == 1 or not hosts or shares:
+        needed = isinstance(backend, NeedsSharedFolder) and backend.needs_shared_folder(self.config)
+        if len(nodes) == 1 or not hosts or not needed:
             return None
         return (
             f"engine {backend.name} hands KV caches over through files, and {', '.join(hosts)} does not see "

@@ -6,7 +6,7 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,22 +185,24 @@ class RayTrialRunner:
 
     def _sweep(self) -> tuple[TaggedProcess, ...]:
         """End what dead coordinators of the study left: on this host at once, on the others through Ray."""
-        study, everywhere = self._site.study, self._cluster.run_on_every_node
+        study = self._site.study
         remove_left_folders()
         ended = end_orphans(study)
         nodes = self._cluster.nodes()
         if len(nodes) > 1:
-            ended += _all(everywhere(SWEEP_LIMIT_S, end_orphans, study))
-        others = (
-            set()
-            if self._cluster.local or len(nodes) < 2
-            else set(_all(everywhere(SWEEP_LIMIT_S, coordinators_of, study)))
-        )
-        if others:
-            dead = {process for process in others if process.host not in {node.host for node in nodes}}
-            dead |= set(_all(everywhere(SWEEP_LIMIT_S, dead_among, others)))
-            ended += _all(everywhere(SWEEP_LIMIT_S, end_processes_of, study, dead))
+            ended += _all(self._cluster.run_on_every_node(SWEEP_LIMIT_S, end_orphans, study))
+        if len(nodes) > 1 and not self._cluster.local:
+            ended += self._end_what_others_left({node.host for node in nodes})
         return tuple(ended)
+
+    def _end_what_others_left(self, hosts: Collection[str]) -> list[TaggedProcess]:
+        """End processes of the study anywhere whose coordinators, anywhere, are dead: of none of `hosts`, or gone."""
+        study, everywhere = self._site.study, self._cluster.run_on_every_node
+        others = set(_all(everywhere(SWEEP_LIMIT_S, coordinators_of, study)))
+        dead = {process for process in others if process.host not in hosts}
+        if others:
+            dead |= set(_all(everywhere(SWEEP_LIMIT_S, dead_among, others)))
+        return _all(everywhere(SWEEP_LIMIT_S, end_processes_of, study, dead)) if dead else []
 
     def processes(self) -> dict[str, dict[str, int]]:
         """Process ids by deployment and replica, of the deployments that are up."""

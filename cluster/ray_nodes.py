@@ -1,6 +1,6 @@
 """The nodes of a joined cluster, watched: an agent on each answers heartbeats and keeps the node clean.
 
-Ray takes up to a minute to see that a node has gone without a word, and meanwhile places work there. Here a node whose
+Ray takes tens of seconds to see that a node has gone without a word, and meanwhile places work there. Here a node whose
 agent does not answer in time counts as lost, until it answers again.
 """
 

@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from cluster.device_memory import DeviceMemory
@@ -22,13 +23,41 @@ def default_ledger() -> Path:
 
 
 def hold(folder: Path, devices: Sequence[int], used_bytes: float) -> None:
-    """Book `used_bytes` of each of `devices` for this process; `folder` is the node's."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Book `used_bytes` of each of `devices` for this process; `folder` is the node's, beside those of others.
+
+    What dead processes have booked on nodes that are gone is removed on the way.
+    """
+    _prune(folder.parent)
     owner = ProcessId.of(os.getpid())
+    booking = json.dumps({"owner": str(owner), "bytes": used_bytes})
     for device in devices:
-        new = folder / f".{device}.{owner.pid}.new"
-        new.write_text(json.dumps({"owner": str(owner), "bytes": used_bytes}), encoding="utf-8")
-        new.rename(folder / f"{device}.{owner.pid}")
+        _write(folder, f"{device}.{owner.pid}", booking)
+
+
+def _write(folder: Path, name: str, text: str) -> None:
+    """Write a file as a whole; the folder may be pruned by another process until it holds one."""
+    for last in (False, False, True):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            new = folder / f".{name}.new"
+            new.write_text(text, encoding="utf-8")
+            new.rename(folder / name)
+        except FileNotFoundError:
+            if last:
+                raise
+        else:
+            return
+
+
+def _prune(ledger: Path) -> None:
+    """Remove the bookings of dead processes, and the folders of nodes that have none."""
+    for folder in ledger.glob("*/"):
+        for file in folder.glob("*.*"):
+            device, _, _ = file.name.partition(".")
+            if device.isdigit():
+                _bookings(folder, int(device))
+        with suppress(OSError):  # it is in use, or another process was first
+            folder.rmdir()
 
 
 def in_use(folder: Path, devices: Sequence[int], total_bytes: float) -> tuple[DeviceMemory, ...]:

@@ -89,7 +89,7 @@ class LlamaCppBackend:
         return tuple(HttpCall(path=f"/slots/{slot}?action=erase") for slot in range(_slots(pool)))
 
     def classify(self, exit_code: int | None, log_tail: str, *, ready: bool) -> FailureReason:
-        """Class of a failure; SIGKILL from outside is taken for the kernel's answer to exhausted memory."""
+        """Class of a failure; SIGKILL stands for exhausted memory where the kernel does not tell (`memory_kills`)."""
         memory = FailureReason.OUT_OF_MEMORY_UNDER_LOAD if ready else FailureReason.OUT_OF_MEMORY_AT_BOOT
         if exit_code is None:
             return FailureReason.REQUESTS_FAILED if ready else FailureReason.STARTUP_TIMEOUT

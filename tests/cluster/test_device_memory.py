@@ -70,21 +70,33 @@ def test_host_memory_is_waited_for_unless_no_host_could_have_it() -> None:
 
 
 def test_emulated_memory_is_held_by_processes_that_live(tmp_path: Path) -> None:
-    child = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    node = tmp_path / "node"
+    child = subprocess.Popen([sys.executable, "-c", HOLDER, str(node)], stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == "held\n"
-        hold(tmp_path, [1], 10e9)
-        first, second, third = in_use(tmp_path, [0, 1, 10], 80e9)
+        hold(node, [1], 10e9)
+        first, second, third = in_use(node, [0, 1, 10], 80e9)
         assert (first.used_bytes, first.holders) == (40e9, (child.pid,))
         assert (second.used_bytes, second.holders) == (50e9, tuple(sorted((child.pid, os.getpid()))))
         assert (third.used_bytes, third.holders) == (0, ())
     finally:
         child.kill()
         child.communicate()
-    first, second = in_use(tmp_path, [0, 1], 80e9)
+    first, second = in_use(node, [0, 1], 80e9)
     assert (first.used_bytes, second.used_bytes) == (0, 10e9)
-    assert [file.name for file in tmp_path.iterdir()] == [f"1.{os.getpid()}"]
+    assert [file.name for file in node.iterdir()] == [f"1.{os.getpid()}"]
+
+
+def test_bookings_of_nodes_that_are_gone_do_not_pile_up(tmp_path: Path) -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", HOLDER.replace("time.sleep(60)", ""), str(tmp_path / "old-node")], check=True
+    )
+    assert child.returncode == 0
+    assert len(list((tmp_path / "old-node").iterdir())) == 2
+    hold(tmp_path / "new-node", [0], 10e9)
+    hold(tmp_path / "newer-node", [0], 10e9)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["new-node", "newer-node"]
 
 
 @pytest.mark.parametrize("text", ["", "garbage", "a, b, c\n"])

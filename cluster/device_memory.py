@@ -22,6 +22,8 @@ FREE_SHARE = 0.05
 """Share of a GPU's memory that drivers and idle contexts take: up to that it counts as free."""
 FREE_BYTES = 1.5 * GIB
 """The same for small GPUs, in bytes."""
+IDLE_SHARE = 0.7
+"""Share of its memory that a host surely has available when nothing else runs on it."""
 PAUSE_S = 0.25
 _SMI_LIMIT_S = 20.0
 
@@ -64,12 +66,12 @@ def wait_for_host_memory(
 ) -> str | None:
     """None when the host has `needed_bytes` available; what it has where that takes over `limit_s`.
 
-    A need beyond the whole memory is none of the host's: that is for the engine to say, and nothing is waited for.
+    A need beyond what an idle host has is for the engine to refuse: nothing is waited for.
     """
     deadline_s = time.monotonic() + limit_s
     while True:
         memory = psutil.virtual_memory()
-        if not memory.available < needed_bytes <= memory.total or given_up():
+        if not memory.available < needed_bytes <= IDLE_SHARE * memory.total or given_up():
             return None
         if time.monotonic() >= deadline_s:
             return (

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -60,13 +61,21 @@ def test_no_devices_are_asked_for_nothing() -> None:
     assert gpu_memory(()) == ()
 
 
-def test_host_memory_is_waited_for_unless_no_host_could_have_it() -> None:
-    memory = psutil.virtual_memory()
+def test_host_memory_is_waited_for_unless_an_idle_host_would_not_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = psutil.virtual_memory().total
     assert wait_for_host_memory(1.0, 10.0) is None
-    assert wait_for_host_memory(memory.total * 2.0, 60.0) is None, "that is for the engine to refuse"
-    said = wait_for_host_memory(memory.total, 0.3)
-    assert said is not None
-    assert "GiB of the host's memory are available" in said
+    assert wait_for_host_memory(total * 2.0, 60.0) is None, "that is for the engine to refuse"
+    full = SimpleNamespace(total=16 * GIB, available=2 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: full)
+    said = wait_for_host_memory(4 * GIB, 0.3)
+    assert said == "2.0 of 16.0 GiB of the host's memory are available, and the replica takes 4.0"
+    assert wait_for_host_memory(14 * GIB, 60.0) is None, "nor has an idle host that much"
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: replace_available(full, 8 * GIB))
+    assert wait_for_host_memory(4 * GIB, 60.0) is None
+
+
+def replace_available(memory: SimpleNamespace, available: float) -> SimpleNamespace:
+    return SimpleNamespace(total=memory.total, available=available)
 
 
 def test_emulated_memory_is_held_by_processes_that_live(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from search_spaces.serving import Mode
 from search_spaces.workload import Arrival, Load
 from studies.codec import from_json, to_json
 from studies.noise import Basis, Interval
-from tests.support.deployable import ON_GPUS, config, embedded, measured, on_gpus
+from tests.support.deployable import KEY, ON_GPUS, config, embedded, measured, on_gpus
 from tests.support.reports import a_report
 from tuner.deploy.bench import Benchmark, dump_benchmark, load_benchmark
 from tuner.deploy.chosen import Chosen, choose
@@ -241,3 +241,9 @@ def test_names_in_a_cluster_are_dns_labels_and_differ(one: str, other: str) -> N
     assert first[-1].isalnum()
     assert all(c.isascii() and (c.islower() or c.isdigit() or c == "-") for c in first)
     assert (first == second) == (one == other)
+
+
+def test_the_readme_names_the_variables_of_keys_and_holds_none(tmp_path: Path) -> None:
+    text = readme_of(on_gpus("vllm", tmp_path, tp=2), tmp_path / "out")
+    assert "TUNER\\_API\\_KEY and VLLM\\_API\\_KEY" in text
+    assert KEY not in text

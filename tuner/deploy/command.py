@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from search_spaces.errors import TunerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,10 +75,11 @@ def deploy(  # noqa: PLR0913, PLR0917 - a parameter is an option of the command
     file = stored_file(history, place)
     chosen = choose(make_report(history, file), file, trial, objective)
     _check_empty(out)
-    output, files = make_files(
-        chosen, target, out, port=port, hosts=tuple(hosts or ()), image=image, router_image=router_image
-    )
-    write_files(files, out)
+    with _cleared_after_errors(out):
+        output, files = make_files(
+            chosen, target, out, port=port, hosts=tuple(hosts or ()), image=image, router_image=router_image
+        )
+        write_files(files, out)
     if as_json:
         print(json.dumps(_summary(chosen, target, output, files), indent=2))
     else:
@@ -214,6 +220,17 @@ def write_files(files: tuple[OutFile, ...], out: Path) -> None:
         path.write_text(file.text, encoding="utf-8")
         if file.executable:
             path.chmod(0o755)
+
+
+@contextmanager
+def _cleared_after_errors(out: Path) -> Iterator[None]:
+    """Leave no half of a deployment behind: `out` was empty before."""
+    try:
+        yield
+    except TunerError:
+        for path in out.glob("*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
 
 
 def _check_empty(out: Path) -> None:

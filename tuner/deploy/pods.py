@@ -97,8 +97,8 @@ def leader_worker_sets(chosen: Chosen, wishes: Wishes) -> Output:
     """`lws.yaml`: a LeaderWorkerSet for each replica, and the router as a Deployment.
 
     The pod of a group's leader is called <set>-0, that of its worker <set>-0-1, and the set makes a headless Service of
-    its own name. Raises `InvalidValueError` for a replica on more than two nodes: all workers of a set have one command,
-    and ours name their rank.
+    its own name. Raises `InvalidValueError` for a replica on more than two nodes: all workers of a set have one
+    command, and ours name their rank.
     """
     if any(process.part is not None and len(process.part.hosts) > 2 for process in chosen.measurement.processes):
         raise InvalidValueError(

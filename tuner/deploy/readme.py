@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from cluster.launched import REDACTED
 from search_spaces.metrics import METRICS
 from search_spaces.workload import Length, Workload
 from studies.noise import Basis, Interval
@@ -104,7 +105,7 @@ def readme(chosen: Chosen, output: Output, wishes: Wishes) -> OutFile:
         start=output.start,
         endpoint=output.endpoint,
         model_name=chosen.problem.model.name,
-        notes=(*output.notes, _key_note()),
+        notes=(*output.notes, _key_note(chosen)),
         bench=shlex.join(["tuner", "bench", BENCHMARK_FILE, "--url", output.endpoint]),
         differences=[(part.name, part.differences) for part in output.parts if part.differences],
         platform_notes=output.platform_notes,
@@ -112,10 +113,13 @@ def readme(chosen: Chosen, output: Output, wishes: Wishes) -> OutFile:
     return OutFile(path="README.md", text=text)
 
 
-def _key_note() -> str:
+def _key_note(chosen: Chosen) -> str:
+    """How to ask clients for a key: by the variables through which the measured processes got theirs."""
+    redacted = {key for p in chosen.processes.values() for key, value in p.env.items() if value == REDACTED}
+    names = " and ".join(sorted({API_KEY_VARIABLE, *redacted}))
     return (
-        f"Where the variable {API_KEY_VARIABLE} is set for the servers and for the benchmark, clients must send its "
-        "value as a bearer token."
+        f"No API key is written here. Clients must send one as a bearer token where {names} hold it in the environment "
+        f"of the processes (in containers, from a secret of yours); the benchmark takes it from {API_KEY_VARIABLE}."
     )
 
 

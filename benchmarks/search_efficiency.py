@@ -67,7 +67,7 @@ def recorded(options: argparse.Namespace) -> Subjects:
     if options.predictions:
         prior = file_prior(rows, options.predictions)
     else:
-        prior = own_prior(rows, options.measurements, options.tables)
+        prior = own_prior(rows, options.measurements, options.tables, fitted_hosts=options.fitted_hosts)
     modelled = tuple(with_prior(table, *prior.of(table.rows["id"])) for table in recording.tables)
     priors = {
         model: learn_priors([m for m in modelled if m.table.model != model])
@@ -173,6 +173,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--predictions", type=Path, help="raw predictions in place of our model's: id, ttft_ms, tpot_ms"
     )
     parser.add_argument("--tables", type=Path, help="operation tables of our model; the installed ones by default")
+    parser.add_argument("--fitted-hosts", action="store_true", help="the shipped host constants, which saw these runs")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--tpe-seeds", type=int, help="as --seeds where it is left out")
     parser.add_argument("--gp-seeds", type=int, default=2, help="Optuna's GP takes minutes a run; 0 leaves it out")

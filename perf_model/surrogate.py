@@ -363,10 +363,15 @@ def _condition(features: Features, target: FloatArray, hyper: Hyperparameters, w
     )
 
 
+def _jitter(kernel: FloatArray) -> float:
+    """What is added to the diagonal, so that candidates that are all alike do not make the matrix singular."""
+    return 1e-9 + 1e-8 * float(np.diag(kernel).max(initial=0.0))
+
+
 def _solve(kernel: FloatArray, noise: FloatArray, target: FloatArray) -> tuple[FloatArray, FloatArray]:
     if len(target) == 0:
         return np.zeros((0, 0)), np.zeros(0)
-    lower, _ = cho_factor(kernel + np.diag(noise + 1e-9), lower=True, check_finite=False)
+    lower, _ = cho_factor(kernel + np.diag(noise + _jitter(kernel)), lower=True, check_finite=False)
     weights = cho_solve((lower, True), target, check_finite=False)
     return np.tril(lower), weights
 
@@ -415,7 +420,9 @@ def negative_log_likelihood(hyper: Hyperparameters, gap: _Distances, target: Flo
     """Negative log marginal likelihood of `target` and its gradient in the coordinates of `Hyperparameters`."""
     bias, level, trend = _parts(gap, hyper)
     count = len(target)
-    lower, _ = cho_factor(bias + level + trend + (hyper.noise**2 + 1e-9) * np.eye(count), lower=True)
+    kernel = bias + level + trend
+    kernel[np.diag_indices(count)] += hyper.noise**2 + _jitter(kernel)
+    lower, _ = cho_factor(kernel, lower=True)
     inverse = cho_solve((lower, True), np.eye(count), check_finite=False)
     weights = inverse @ target
     value = 0.5 * float(target @ weights) + float(np.log(np.diag(lower)).sum()) + 0.5 * count * np.log(2 * np.pi)

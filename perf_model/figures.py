@@ -10,6 +10,7 @@ import numpy as np
 from perf_model.latency import QUANTILES, Distribution
 from perf_model.numeric import FloatArray
 from perf_model.serving import ServingEstimate
+from search_spaces.metrics import other_percentiles, percentile_level
 from search_spaces.problem import Slo
 
 
@@ -35,7 +36,7 @@ def metrics(estimate: ServingEstimate, deployment: Deployment, slos: Sequence[Sl
     goodput = deployment.requests_per_s * attainment(estimate, deployment, slos)
     dollars_per_s = np.where(deployment.price_per_hour > 0, deployment.price_per_hour / 3600.0, np.nan)
     return {
-        **latencies(estimate, deployment),
+        **latencies(estimate, deployment, other_percentiles(slo.metric for slo in slos)),
         "output_tokens_per_s": tokens_per_s,
         "output_tokens_per_s_per_gpu": tokens_per_s / deployment.devices,
         "output_tokens_per_s_per_user": 1000.0 / estimate.tpot.mean(),
@@ -57,14 +58,15 @@ def metrics(estimate: ServingEstimate, deployment: Deployment, slos: Sequence[Sl
     }
 
 
-def latencies(estimate: ServingEstimate, deployment: Deployment) -> dict[str, FloatArray]:
-    """Mean and percentiles of TTFT, TPOT, ITL and E2E; the percentiles of E2E add those of its parts."""
+def latencies(estimate: ServingEstimate, deployment: Deployment, others: Sequence[str] = ()) -> dict[str, FloatArray]:
+    """Mean and percentiles of TTFT, TPOT, ITL and E2E, `others` among them; those of E2E add those of its parts."""
+    quantiles = QUANTILES | {name: level for name in others if (level := percentile_level(name)) is not None}
     named: dict[str, Distribution] = {"ttft": estimate.ttft, "tpot": estimate.tpot, "itl": estimate.itl}
     result = {f"{name}_mean_ms": distribution.mean() for name, distribution in named.items()}
-    for label, level in QUANTILES.items():
+    for label, level in quantiles.items():
         result |= {f"{name}_{label}_ms": distribution.quantile(level) for name, distribution in named.items()}
     gaps = np.maximum(deployment.osl - 1.0, 1.0)
-    for label in ("mean", *QUANTILES):
+    for label in ("mean", *quantiles):
         result[f"e2e_{label}_ms"] = result[f"ttft_{label}_ms"] + gaps * result[f"tpot_{label}_ms"]
     return result
 

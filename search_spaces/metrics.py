@@ -7,13 +7,16 @@ On a CPU pool "per GPU" means per reserved core: the device of that pool.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from search_spaces.errors import InvalidValueError
 
 STATISTICS = ("mean", "p50", "p90", "p95", "p99")
 LATENCIES = ("ttft", "tpot", "itl", "e2e")
+_PERCENTILE = re.compile(r"p([1-9]\d|99\d{1,2})")
 
 
 class Direction(StrEnum):
@@ -50,27 +53,40 @@ def _down(unit: str, meaning: str) -> MetricInfo:
     return MetricInfo(unit=unit, direction=Direction.MINIMIZE, meaning=meaning)
 
 
-METRICS: dict[str, MetricInfo] = {
+class _Metrics(dict[str, MetricInfo]):
+    """The metrics that every measurement has; percentiles beside those in `STATISTICS` are known when asked for."""
+
+    def __missing__(self, name: str) -> MetricInfo:
+        """The metric of another percentile; `KeyError` for what is none."""
+        latency, _, rest = name.partition("_")
+        statistic = rest.removesuffix("_ms")
+        if latency not in LATENCIES or rest == statistic or percentile_level(statistic) is None:
+            raise KeyError(name)
+        meaning = f"{statistic} of {latency.upper()}, measured where an SLO asks for it"
+        return MetricInfo(unit="ms", direction=Direction.MINIMIZE, meaning=meaning)
+
+
+METRICS: dict[str, MetricInfo] = _Metrics(
     **_latency_metrics(),
-    "output_tokens_per_s": _up("tokens/s", "output tokens per second of the whole deployment"),
-    "output_tokens_per_s_per_gpu": _up("tokens/s/GPU", "output tokens per second and reserved device"),
-    "output_tokens_per_s_per_user": _up("tokens/s/user", "1000 / mean TPOT: what one user sees"),
-    "output_tokens_per_dollar": _up("tokens/$", "output tokens per dollar of reserved devices"),
-    "total_tokens_per_s": _up("tokens/s", "prompt and output tokens per second of the whole deployment"),
-    "input_tokens_per_s": _up("tokens/s", "prompt tokens per second of the whole deployment"),
-    "requests_per_s": _up("requests/s", "completed requests per second"),
-    "goodput_rps": _up("requests/s", "requests per second that meet every SLO"),
-    "goodput_rps_per_gpu": _up("requests/s/GPU", "goodput per reserved device"),
-    "goodput_requests_per_dollar": _up("requests/$", "requests that meet every SLO per dollar"),
-    "cost_per_million_output_tokens": _down("$", "dollars of reserved devices per million output tokens"),
-    "requests_per_dollar": _up("requests/$", "completed requests per dollar of reserved devices"),
-    "cost_per_million_tokens": _down("$", "dollars of reserved devices per million prompt and output tokens"),
-    "price_per_hour": _down("$/h", "price of the reserved devices"),
-    "power_w": _down("W", "mean electric power of the reserved GPUs while measured, where they report it"),
-    "output_tokens_per_joule": _up("tokens/J", "output tokens per second and watt of the reserved GPUs"),
-    "devices": _down("devices", "devices reserved (GPUs, or cores on a CPU pool)"),
-    "error_rate": _down("1", "share of measured requests that failed"),
-}
+    output_tokens_per_s=_up("tokens/s", "output tokens per second of the whole deployment"),
+    output_tokens_per_s_per_gpu=_up("tokens/s/GPU", "output tokens per second and reserved device"),
+    output_tokens_per_s_per_user=_up("tokens/s/user", "1000 / mean TPOT: what one user sees"),
+    output_tokens_per_dollar=_up("tokens/$", "output tokens per dollar of reserved devices"),
+    total_tokens_per_s=_up("tokens/s", "prompt and output tokens per second of the whole deployment"),
+    input_tokens_per_s=_up("tokens/s", "prompt tokens per second of the whole deployment"),
+    requests_per_s=_up("requests/s", "completed requests per second"),
+    goodput_rps=_up("requests/s", "requests per second that meet every SLO"),
+    goodput_rps_per_gpu=_up("requests/s/GPU", "goodput per reserved device"),
+    goodput_requests_per_dollar=_up("requests/$", "requests that meet every SLO per dollar"),
+    cost_per_million_output_tokens=_down("$", "dollars of reserved devices per million output tokens"),
+    requests_per_dollar=_up("requests/$", "completed requests per dollar of reserved devices"),
+    cost_per_million_tokens=_down("$", "dollars of reserved devices per million prompt and output tokens"),
+    price_per_hour=_down("$/h", "price of the reserved devices"),
+    power_w=_down("W", "mean electric power of the reserved GPUs while measured, where they report it"),
+    output_tokens_per_joule=_up("tokens/J", "output tokens per second and watt of the reserved GPUs"),
+    devices=_down("devices", "devices reserved (GPUs, or cores on a CPU pool)"),
+    error_rate=_down("1", "share of measured requests that failed"),
+)
 
 
 POWER_METRICS = ("power_w", "output_tokens_per_joule")
@@ -79,12 +95,25 @@ POWER_METRICS = ("power_w", "output_tokens_per_joule")
 
 def metric_info(name: str) -> MetricInfo:
     """Information on metric `name`; raises `InvalidValueError` that lists the nearest names."""
-    if name not in METRICS:
+    try:
+        return METRICS[name]
+    except KeyError as error:
         from difflib import get_close_matches
 
         near = get_close_matches(name, METRICS, n=3) or list(METRICS)[:5]
-        raise InvalidValueError(f"metric {name!r} is unknown; did you mean {', '.join(near)}?")
-    return METRICS[name]
+        raise InvalidValueError(f"metric {name!r} is unknown; did you mean {', '.join(near)}?") from error
+
+
+def percentile_level(statistic: str) -> float | None:
+    """The share of requests that a statistic such as p75, p99 or p999 (99.9%) stands for; None for no percentile."""
+    found = _PERCENTILE.fullmatch(statistic)
+    return float(f"0.{found[1]}") if found else None
+
+
+def other_percentiles(metrics: Iterable[str]) -> tuple[str, ...]:
+    """Percentiles that `metrics` name beside those of every measurement, such as p75."""
+    named = (name.split("_")[1] for name in metrics if name.split("_")[0] in LATENCIES)
+    return tuple(dict.fromkeys(name for name in named if name not in STATISTICS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +132,9 @@ class ServingMetrics:
     """Figures of one deployment under one load.
 
     `devices` and `price_per_hour` are those of the deployment's reserved devices, `power_w` their mean electric power
-    where it could be read. `requests` counts the measured
-    requests that completed, `errors` those that failed; both leave the warm-up out. `duration_s` is the measured
-    window.
+    where it could be read. `requests` counts the measured requests that completed, `errors` those that failed; both
+    leave the warm-up out. `duration_s` is the measured window. `percentiles_ms` holds the percentiles that an SLO asked
+    for beside the usual ones, by name of metric.
     """
 
     ttft_ms: Percentiles
@@ -122,6 +151,7 @@ class ServingMetrics:
     devices: int
     price_per_hour: float
     power_w: float | None = None
+    percentiles_ms: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def error_rate(self) -> float:
@@ -152,7 +182,7 @@ class ServingMetrics:
             "devices": float(self.devices),
             "error_rate": self.error_rate,
         }
-        return values | self._per_dollar() | self._per_watt()
+        return values | self._per_dollar() | self._per_watt() | dict(self.percentiles_ms)
 
     def _per_watt(self) -> dict[str, float]:
         if self.power_w is None or self.power_w <= 0:

@@ -106,10 +106,16 @@ def mean_metrics(runs: Sequence[ServingMetrics]) -> ServingMetrics:
         requests_per_s=statistics.fmean(run.requests_per_s for run in runs),
         goodput_rps=statistics.fmean(run.goodput_rps for run in runs),
         power_w=_mean_power([run.power_w for run in runs]),
+        percentiles_ms=_mean_figures([run.percentiles_ms for run in runs]),
         requests=sum(run.requests for run in runs),
         errors=sum(run.errors for run in runs),
         duration_s=sum(run.duration_s for run in runs),
     )
+
+
+def _mean_figures(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of every figure that all `rows` have."""
+    return {name: statistics.fmean(row[name] for row in rows) for name in rows[0] if all(name in row for row in rows)}
 
 
 def _mean_power(watts: Sequence[float | None]) -> float | None:

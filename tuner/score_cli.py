@@ -78,7 +78,22 @@ def with_slos(history: StudyHistory, place: Place, given: Sequence[str]) -> Stud
             slos.pop(metric.strip(), None)
         else:
             slos[metric.strip()] = wanted
-    return stored_file(history, place, [f"slos={json.dumps(slos)}"])
+    found = stored_file(history, place, [f"slos={json.dumps(slos)}"])
+    _check_measured(history, tuple(found.slos))
+    return found
+
+
+def _check_measured(history: StudyHistory, metrics: Sequence[str]) -> None:
+    """Raise where no measurement of the study has one of `metrics`: other percentiles are measured when asked for."""
+    from tuner.score import measured_configurations
+
+    measured = measured_configurations(history.trials())
+    for metric in metrics:
+        if measured and not any(metric in each.metrics for each in measured):
+            raise InvalidValueError(
+                f"no measurement of study {history.name} has {metric}; choose a mean, p50, p90, p95 or p99, "
+                "or another metric that is known there"
+            )
 
 
 def _notes(objectives: Sequence[str], before: Sequence[Slo], after: Sequence[Slo]) -> list[str]:
@@ -115,14 +130,14 @@ def rescore_table(
             str(item.rank),
             str(earlier.get(item.trial.number, "-")),
             str(item.trial.number),
-            f"{item.score:.3f}" if item.feasible else "infeasible",
+            f"{item.score:.3f}" if item.feasible else "-",
             f"{item.multiplier:.3f}",
             *(_figure(item, metric) for metric in shown),
         )
     texts = [
         f"  {s.trial.number:>5}  {candidate_text(s.trial.candidate) if s.trial.candidate else '?'}" for s in scored
     ]
-    note = Text("Beside a figure: (w) a warning of its SLO, (e) an error, (f) failed. Configurations by trial:")
+    note = Text("Beside a figure: (w) a warning of its SLO, (e) an error, (f) failed. A score of - is infeasible.")
     return Group(table, note, *map(Text, texts))
 
 

@@ -26,7 +26,7 @@ from search_spaces.engines import engine_spec
 from search_spaces.errors import InvalidValueError
 from search_spaces.known_gpus import GPUS
 from search_spaces.known_models import known_model
-from search_spaces.metrics import POWER_METRICS, metric_info
+from search_spaces.metrics import METRICS, POWER_METRICS, metric_info
 from search_spaces.serving import OptionValue
 
 DEFAULT_STORAGE = "sqlite:///tuner-data/studies.db"
@@ -116,6 +116,13 @@ def _known_metric(name: str) -> str:
     return name
 
 
+def _known_objective(name: str) -> str:
+    metric_info(name)
+    if name not in METRICS:
+        raise InvalidValueError(f"{name!r} is measured where an SLO asks for it, and is no objective; choose p50, p99")
+    return name
+
+
 def _known_engine(name: str) -> str:
     engine_spec(name)
     return name
@@ -158,6 +165,7 @@ def _storage_url(url: str) -> str:
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 MetricName = Annotated[str, AfterValidator(_known_metric)]
+ObjectiveName = Annotated[str, AfterValidator(_known_objective)]
 Counts = Annotated[list[Count], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_unique)]
 Rates = Annotated[list[Positive], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_unique)]
 Choices = Annotated[list[OptionValue], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_unique)]
@@ -634,7 +642,7 @@ class StudyFile(Section):
         description="limits that a configuration must meet, by metric",
         examples=["{ttft_p99_ms: 500}"],
     )
-    objectives: Annotated[list[MetricName], Field(min_length=2, max_length=4), AfterValidator(_unique)] = Field(
+    objectives: Annotated[list[ObjectiveName], Field(min_length=2, max_length=4), AfterValidator(_unique)] = Field(
         description="two to four metrics to optimise", examples=["[output_tokens_per_s_per_gpu, ttft_p99_ms]"]
     )
     node_pools: dict[str, NodePoolSection] = Field(

@@ -26,14 +26,14 @@ one request and is left out here; the study judges it on the aggregate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cluster.load.timings import ErrorClass, Phase, RequestTiming
 from search_spaces.errors import TunerError
-from search_spaces.metrics import LATENCIES, STATISTICS, Percentiles, ServingMetrics
+from search_spaces.metrics import LATENCIES, Percentiles, ServingMetrics, other_percentiles, percentile_level
 from search_spaces.problem import Slo
 
 _NS_PER_MS = 1e6
@@ -74,10 +74,10 @@ def percentiles(values: Sequence[float]) -> Percentiles:
     return Percentiles(mean=float(np.mean(values)), p50=p50, p90=p90, p95=p95, p99=p99)
 
 
-_STATISTIC: dict[str, Callable[[Sequence[float]], float]] = {
-    name: (lambda values, name=name: float(getattr(percentiles(values), name)))  # type: ignore[misc]  # binds the name
-    for name in STATISTICS
-}
+def _statistic(values: Sequence[float], statistic: str) -> float:
+    """The mean, or any percentile, of `values` (at least one)."""
+    level = percentile_level(statistic)
+    return float(np.mean(values)) if level is None else float(np.percentile(values, 100 * level))
 
 
 def latency_slos(slos: Iterable[Slo]) -> tuple[Slo, ...]:
@@ -94,7 +94,7 @@ def _judged_value(latency: RequestLatency, metric: str) -> float:
     """The request's value that an SLO on `metric` judges; 0 for gaps that a request of one event does not have."""
     kind, statistic, _unit = metric.split("_")
     if kind == "itl":
-        return _STATISTIC[statistic](latency.itl_ms) if latency.itl_ms else 0.0
+        return _statistic(latency.itl_ms, statistic) if latency.itl_ms else 0.0
     return {"ttft": latency.ttft_ms, "tpot": latency.tpot_ms or 0.0, "e2e": latency.e2e_ms}[kind]
 
 
@@ -123,11 +123,18 @@ def summarise(
         )
     rates = _rates(timings, start_ns, end_ns)
     good_share = sum(meets(latency, slos) for latency in latencies) / len(latencies)
+    values = {
+        "ttft": [latency.ttft_ms for latency in latencies],
+        "tpot": [latency.tpot_ms for latency in latencies if latency.tpot_ms is not None],
+        "itl": gaps,
+        "e2e": [latency.e2e_ms for latency in latencies],
+    }
     return ServingMetrics(
-        ttft_ms=percentiles([latency.ttft_ms for latency in latencies]),
-        tpot_ms=percentiles([latency.tpot_ms for latency in latencies if latency.tpot_ms is not None]),
-        itl_ms=percentiles(gaps),
-        e2e_ms=percentiles([latency.e2e_ms for latency in latencies]),
+        ttft_ms=percentiles(values["ttft"]),
+        tpot_ms=percentiles(values["tpot"]),
+        itl_ms=percentiles(values["itl"]),
+        e2e_ms=percentiles(values["e2e"]),
+        percentiles_ms=_asked_for(values, slos),
         output_tokens_per_s=rates.output_tokens_per_s,
         input_tokens_per_s=rates.input_tokens_per_s,
         requests_per_s=rates.requests_per_s,
@@ -138,6 +145,15 @@ def summarise(
         devices=devices,
         price_per_hour=price_per_hour,
     )
+
+
+def _asked_for(values: Mapping[str, Sequence[float]], slos: Sequence[Slo]) -> dict[str, float]:
+    """Percentiles that an SLO is on and that no measurement has by itself, by name of metric."""
+    found: dict[str, float] = {}
+    for slo in slos:
+        for statistic in other_percentiles([slo.metric]):
+            found[slo.metric] = _statistic(values[slo.metric.split("_")[0]], statistic)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

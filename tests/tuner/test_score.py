@@ -168,6 +168,7 @@ def test_rescore_as_a_table_and_with_bad_slos(invoke: Invoke) -> None:
         ("tpot=3", "slos.tpot"),
         ("tpot_p50_ms", "write such as --slo"),
         ("tpot_p50_ms=[", "no valid YAML"),
+        ("tpot_p75_ms=3", "no measurement of study toy has tpot_p75_ms; choose a mean, p50"),
     ):
         wrong = invoke("study", "rescore", "toy", "--slo", text)
         assert (wrong.code, part in wrong.err) == (2, True), wrong.err

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from search_spaces.errors import InvalidValueError
 from search_spaces.outcome import LaunchedProcess, Probe
 from search_spaces.serving import Mode
-from search_spaces.workload import Arrival, Load
+from search_spaces.workload import Arrival, Conversation, Length, Load, Trace, TraceFormat
 from studies.codec import from_json, to_json
 from studies.noise import Basis, Interval
 from tests.support.deployable import KEY, ON_GPUS, config, embedded, measured, on_gpus
@@ -27,7 +27,7 @@ from tuner.deploy.command import Target, make_files
 from tuner.deploy.layout import CommandChangedError, Place, parts_of
 from tuner.deploy.nodes import measured_nodes
 from tuner.deploy.pods import dns_name
-from tuner.deploy.readme import benchmark_of
+from tuner.deploy.readme import benchmark_of, workload_text
 from tuner.report import metrics_of
 from tuner.study_file import parse_study
 
@@ -247,3 +247,17 @@ def test_the_readme_names_the_variables_of_keys_and_holds_none(tmp_path: Path) -
     text = readme_of(on_gpus("vllm", tmp_path, tp=2), tmp_path / "out")
     assert "TUNER\\_API\\_KEY and VLLM\\_API\\_KEY" in text
     assert KEY not in text
+
+
+def test_the_readme_says_what_was_sent(tmp_path: Path) -> None:
+    chosen = embedded(tmp_path)
+    talk = Conversation(turns=Length(mean=4, spread=0.5), new_isl=Length(mean=20), osl=Length(mean=8), think_time_s=2)
+    traced = Trace(file="/a/b.jsonl", format=TraceFormat.AZURE, requests=90, request_rate=2.0, longest_context=900)
+    plain = chosen.problem.workload
+    texts = {
+        "48 tokens in, 8 out, closed": plain,
+        "conversations of 2 to 6 turns, 2 s between them; 20 new tokens in, 8 out": talk.workload(Arrival.CLOSED),
+        "90 requests of the trace b.jsonl": replace(plain, arrival=Arrival.TRACE, trace=traced),
+    }
+    for words, workload in texts.items():
+        assert words in workload_text(workload)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from importlib.metadata import version
 
 from search_spaces.errors import InvalidValueError
+from search_spaces.hardware import DeviceKind
 from tuner.deploy.chosen import Chosen
 from tuner.deploy.render import OutFile, render
 
@@ -33,6 +34,9 @@ def image_of(chosen: Chosen, wished: str | None) -> str:
     engine = chosen.config.engine
     if engine in OUR_OWN:
         return our_image()
+    pools = [chosen.problem.node_pool(pool.node_pool) for pool in chosen.config.pools]
+    if any(pool.device.kind is DeviceKind.CPU for pool in pools):
+        raise InvalidValueError(f"{engine} was measured on CPUs, and its published images are for GPUs; give --image")
     measured = measured_version(chosen)
     if measured is None or engine not in PUBLISHED:
         known = chosen.measurement.environment.get("engine_version", "unknown")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster.launched import REDACTED
 from search_spaces.metrics import METRICS
@@ -91,7 +92,7 @@ def readme(chosen: Chosen, output: Output, wishes: Wishes) -> OutFile:
         missed=_missed(chosen),
         configuration=candidate_text(chosen.candidate),
         load=str(chosen.load),
-        workload=_workload(chosen.problem.workload),
+        workload=workload_text(chosen.problem.workload),
         engine=measurement.environment.get("engine_version", chosen.config.engine),
         devices=_devices(chosen),
         hardware=[
@@ -149,7 +150,16 @@ def _missed(chosen: Chosen) -> str:
     )
 
 
-def _workload(workload: Workload) -> str:
+def workload_text(workload: Workload) -> str:
+    """Lengths, and where the requests come from."""
+    trace, talk = workload.trace, workload.conversation
+    if trace is not None:
+        return (
+            f"{trace.requests} requests of the trace {Path(trace.file).name}, about {workload.isl.mean} tokens in each"
+        )
+    if talk is not None:
+        turns = f"conversations of {_length(talk.turns)} turns, {talk.think_time_s:g} s between them"
+        return f"{turns}; {_length(talk.new_isl)} new tokens in, {_length(talk.osl)} out, {workload.arrival}"
     shared = f", {workload.shared_prefix:.0%} of the input shared" if workload.shared_prefix else ""
     return f"{_length(workload.isl)} tokens in, {_length(workload.osl)} out, {workload.arrival}{shared}"
 

@@ -5,7 +5,8 @@ what it decides (the generation of a trial, the child that is bred) is written t
 that Optuna finds it there as if it had written it.
 
 The copy holds every candidate once. A repeat (see `studies.repeats`) is no individual: it moves the values and
-constraints of the individual that it repeats to the means of all runs, for which the copy is made anew.
+constraints of the individual that it repeats to the means of all runs. Finished trials of a storage cannot change,
+those of this copy can: nobody else sees them, and memory hands them out themselves (`deepcopy=False`).
 """
 
 from __future__ import annotations
@@ -31,25 +32,22 @@ GENERATION = "NSGAIISampler:generation"
 
 
 class Generations:
-    """The generations of a study, and the children of the next one."""
+    """The generations of a study, and the children of the next one.
+
+    `study` is the copy: every candidate that was finished, once, with the means of its runs.
+    """
 
     def __init__(self, directions: Sequence[Direction], seed: int, breeding: ScreenedBreeding, population: int) -> None:
         self._breeding = breeding
         self._runs: dict[int, list[FrozenTrial]] = {}
+        self._individuals: dict[int, FrozenTrial] = {}
         self._known: set[int] = set()
-        self._directions = [StudyDirection[direction.name] for direction in directions]
         self.sampler: NSGAIISampler = make_sampler(seed, population, breeding)
-        self._copy: optuna.Study | None = None
-
-    @property
-    def study(self) -> optuna.Study:
-        """The copy: every candidate that was finished, once, with the means of its runs."""
-        if self._copy is None:
-            self._copy = optuna.create_study(
-                storage=InMemoryStorage(), sampler=self.sampler, directions=self._directions
-            )
-            self._copy.add_trials([_individual(runs) for runs in self._runs.values()])
-        return self._copy
+        self.study = optuna.create_study(
+            storage=InMemoryStorage(),
+            sampler=self.sampler,
+            directions=[StudyDirection[direction.name] for direction in directions],
+        )
 
     def add(self, trial: FrozenTrial) -> None:
         """Take over a finished trial; one that is not complete teaches nothing."""
@@ -57,13 +55,14 @@ class Generations:
             return
         self._known.add(trial.number)
         repeated = trial.user_attrs.get(PROPOSAL, {}).get("repeat_of")
-        if repeated is not None:
+        if repeated is None:
+            self._runs[trial.number] = [trial]
+            self.study.add_trial(_individual([trial]))
+            self._individuals[trial.number] = self.study.get_trials(deepcopy=False)[-1]
+        else:
             self._runs[repeated].append(trial)
-            self._copy = None
-            return
-        self._runs[trial.number] = [trial]
-        if self._copy is not None:
-            self._copy.add_trial(_individual([trial]))
+            mean, individual = _individual(self._runs[repeated]), self._individuals[repeated]
+            individual.values, individual.system_attrs = mean.values, mean.system_attrs
 
     def next(self, request: Request | None = None) -> tuple[int, Choice | None]:
         """The generation of the trial that begins now, and the child bred for `request`.

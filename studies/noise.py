@@ -125,7 +125,7 @@ def noise_of(runs: Iterable[Runs], metric: str) -> Noise | None:
     """Pooled noise of `metric`; None where no candidate was measured twice."""
     squares, degrees = 0.0, 0
     for found in runs:
-        values = found.values_of(metric)
+        values = found.values_of(metric) if len(found.finished) > 1 else ()
         if len(values) > 1 and min(values) > 0:
             squares += (len(values) - 1) * statistics.variance([math.log(value) for value in values])
             degrees += len(values) - 1

@@ -110,7 +110,7 @@ def test_a_repeat_that_fails_makes_its_candidate_infeasible_for_nsga2_too(tmp_pa
     assert (repeat.origin, repeat.repeat_of) == (Origin.CONTROL, 0)
     record = study.tell(repeat, Failure(reason=FailureReason.ENGINE_CRASH, detail="exit 139"))
     assert record.status is TrialStatus.FAILED
-    (individual,) = study._generations.study.get_trials(deepcopy=False)
+    (individual,) = study._generations.study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
     assert individual.system_attrs["constraints"][0] == 0.5
     assert individual.values == list(study.trials()[0].values or ())
     assert study.front() == ()

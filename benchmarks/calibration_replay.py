@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from perf_model.calibration import CalibratedPredictor, Measured
 from search_spaces.outcome import Prediction
+from search_spaces.serving import Candidate
 from studies.history import StudyHistory
 from studies.storage import open_storage
 from tuner.devices import load_devices
@@ -48,9 +49,13 @@ class Step:
 def replay(
     predictor: CalibratedPredictor, measured: Sequence[Measured], metrics: Sequence[str]
 ) -> dict[str, list[Step]]:
-    """One step for each measurement, by metric."""
+    """One step for each first measurement of a candidate, by metric: of a repeat the predictor knows the answer."""
     steps: dict[str, list[Step]] = {metric: [] for metric in metrics}
+    seen: set[Candidate] = set()
     for number, (candidate, values) in enumerate(measured):
+        if candidate in seen:
+            continue
+        seen.add(candidate)
         predictor = predictor.learned(measured[:number])
         (raw,), (said,) = predictor.raw([candidate]), predictor.predict([candidate])
         for metric in metrics:
@@ -97,7 +102,7 @@ def main() -> int:
     place = Place(url=f"sqlite:///{options.data}/studies.db", directory=options.data)
     history = StudyHistory(open_storage(place.url), options.study)
     file = stored_file(history, place)
-    problem = make_problem(file, load_devices(place.nodes(file.name)))
+    problem = make_problem(file, history.node_devices or load_devices(place.nodes(file.name)))
     trials = [trial for trial in history.trials() if trial.candidate and trial.measurement]
     measured = [(t.candidate, t.measurement.metrics.flat()) for t in trials if t.candidate and t.measurement]
     metrics = (*(o.metric for o in problem.objectives), *(slo.metric for slo in problem.slos))

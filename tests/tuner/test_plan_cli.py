@@ -98,7 +98,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
     return commands_in(tmp_path, monkeypatch, capsys)
 
 
-def test_the_command_plans_and_states_what_it_assumes(invoke: Invoke) -> None:
+def test_the_command_plans_says_what_it_assumes_and_what_cannot_be(invoke: Invoke) -> None:
     assert invoke("study", "run", "study.yaml", "--set", "budget.confirm=1").code == 0
     done = invoke("plan", "toy", "--rate", "100/s", "--headroom", "0.1", "--json")
     assert done.code == 0, done.err
@@ -113,10 +113,11 @@ def test_the_command_plans_and_states_what_it_assumes(invoke: Invoke) -> None:
     assert "Plan of toy for 100 requests/s, 10% headroom" in text
     assert "copies scale linearly; the study measured no" in text
     assert "nodes are rented whole" in text
+    cannot_be_met_exits_with_1_and_says_the_nearest(invoke)
+    slos_that_nothing_meets_and_other_mistakes_are_told(invoke)
 
 
-def test_what_cannot_be_met_exits_with_1_and_says_the_nearest(invoke: Invoke) -> None:
-    assert invoke("study", "run", "study.yaml", "--set", "budget.confirm=1").code == 0
+def cannot_be_met_exits_with_1_and_says_the_nearest(invoke: Invoke) -> None:
     done = invoke("plan", "toy", "--users", "100000", "--pool", "local=3")
     assert done.code == 1
     assert "CANNOT BE MET, this is the nearest that can be" in done.out
@@ -126,8 +127,7 @@ def test_what_cannot_be_met_exits_with_1_and_says_the_nearest(invoke: Invoke) ->
     assert (most["met"], most["devices"] <= 8, most["served_share"]) == (True, True, None)
 
 
-def test_slos_that_nothing_meets_and_other_mistakes_are_told(invoke: Invoke) -> None:
-    assert invoke("study", "run", "study.yaml", "--set", "budget.confirm=1").code == 0
+def slos_that_nothing_meets_and_other_mistakes_are_told(invoke: Invoke) -> None:
     for args, part in (
         (("--rate", "1/s", "--slo", "ttft_p99_ms=0.001"), "nearest is trial"),
         (("--rate", "fast"), "is no rate"),

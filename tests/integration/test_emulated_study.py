@@ -59,6 +59,21 @@ def test_every_trial_is_measured_and_marked(study: tuple[Path, str, str]) -> Non
         assert trial["client_lateness_ms"] is not None
 
 
+def test_the_front_was_confirmed_on_warm_deployments(study: tuple[Path, str, str]) -> None:
+    """Three runs of each member, in orders of arrival of their own; the second run of a deployment needs no start."""
+    folder, name, said = study
+    front = json.loads(tuner(folder, "study", "pareto", name, "--json").stdout)["front"]
+    assert front
+    assert all(len(member["runs"]) == 3 for member in front)
+    assert all(member["intervals"]["ttft_p50_ms"]["basis"] == "repeats" for member in front)
+    trials = {trial["trial"]: trial for trial in shown(study)["trials"]}
+    confirmations = [trials[number] for member in front for number in member["runs"][1:]]
+    assert all(trial["origin"] == "confirm" for trial in confirmations)
+    assert sum("start" not in trial["timings_s"] for trial in confirmations) >= len(front), "caches reset, no new start"
+    assert shown(study)["stability"]["noise"]["ttft_p50_ms"]["degrees"] >= 2
+    assert "confirming the front" in said
+
+
 def test_the_defaults_of_both_modes_are_among_them(study: tuple[Path, str, str]) -> None:
     assert {"aggregated", "disaggregated"} <= {t["configuration"]["mode"] for t in shown(study)["trials"]}
 

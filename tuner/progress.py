@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from tuner.report import StudyReport, best, mark, metrics_of
 from tuner.wording import candidate_text, duration, number, rate_text, repeats_text
 
 _RECENT = 6
+SHARE = 0.05
+"""Share of the time that drawing takes at most: the thread that draws is the one that proposes and polls."""
 
 
 def proposal_line(proposal: Proposal) -> str:
@@ -123,9 +126,11 @@ class LineProgress:
 
 @dataclass
 class LiveProgress:
-    """A view that is drawn anew several times a second."""
+    """A view that is drawn anew several times a second, of a large study so often that it takes `SHARE` of the time."""
 
     console: Console
+    clock: Callable[[], float] = time.monotonic
+    _next_s: float = -math.inf
     _recent: list[Text] = field(default_factory=list)
     _live: Live | None = None
 
@@ -155,9 +160,11 @@ class LiveProgress:
         self._recent = [*self._recent[-_RECENT + 1 :], Text(record_line(record, problem), style=style)]
 
     def now(self, snapshot: Snapshot) -> None:
-        """Draw `snapshot`."""
-        if self._live is not None:
+        """Draw `snapshot`, where it is time for it."""
+        began_s = self.clock()
+        if self._live is not None and began_s >= self._next_s:
             self._live.update(self._view(snapshot))
+            self._next_s = began_s + (self.clock() - began_s) / SHARE
 
     def _view(self, snapshot: Snapshot) -> RenderableType:
         finished = sum(trial.is_finished and not trial.is_repeat for trial in snapshot.trials)

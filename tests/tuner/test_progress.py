@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from search_spaces.outcome import Failure, FailureReason
 from search_spaces.serving import Mode
@@ -60,6 +60,24 @@ def test_the_live_view_shows_counts_the_current_trial_and_the_best() -> None:
         assert part in shown
     bar = next(line for line in shown.splitlines() if "\u2501" in line)
     assert "trials" not in bar
+
+
+def test_drawing_takes_a_twentieth_of_the_time_at_most() -> None:
+    """A view that takes 1 s to draw is drawn every 20 s."""
+    now_s, drawn = 0.0, []
+
+    class Slow(LiveProgress):
+        def _view(self, snapshot: Snapshot) -> RenderableType:
+            nonlocal now_s
+            drawn.append(now_s)
+            now_s += 1.0
+            return super()._view(snapshot)
+
+    with Slow(terminal()[0], clock=lambda: now_s) as view:
+        while now_s < 60.0:
+            view.now(snapshot())
+            now_s += 0.5
+    assert drawn == [0.0, 20.0, 40.0]
 
 
 def test_a_log_has_one_line_per_event() -> None:

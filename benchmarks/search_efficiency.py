@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,11 +91,23 @@ def subjects(options: argparse.Namespace) -> Subjects:
     parts = [recorded(options)] if options.measurements else []
     if options.surface.exists():
         parts.append(measured(options.surface))
+    facts = [fact for part in parts for fact in part.facts]
+    if options.error_share != 1.0:
+        facts.append(
+            f"DIAGNOSIS: predictions were moved so that their errors are {options.error_share:.0%} of the true"
+        )
     return Subjects(
-        modelled=tuple(m for part in parts for m in part.modelled),
+        modelled=tuple(moved(m, options.error_share) for part in parts for m in part.modelled),
         priors={model: priors for part in parts for model, priors in part.priors.items()},
-        facts=tuple(fact for part in parts for fact in part.facts),
+        facts=tuple(facts),
     )
+
+
+def moved(modelled: Modelled, share: float) -> Modelled:
+    """`modelled` with errors (of logarithms) of `share` of the true ones; as it is where that is 1."""
+    if share == 1.0:
+        return modelled
+    return replace(modelled, log_mean=modelled.log_mean + (1.0 - share) * modelled.log_ratio)
 
 
 def make_jobs(found: Subjects, searcher: str, seeds: int, *, logarithmic: bool, limit: int | None) -> list[Job]:
@@ -174,6 +186,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--tables", type=Path, help="operation tables of our model; the installed ones by default")
     parser.add_argument("--fitted-hosts", action="store_true", help="the shipped host constants, which saw these runs")
+    parser.add_argument(
+        "--error-share", type=float, default=1.0, help="diagnosis: what if predictions were only this share as wrong"
+    )
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--tpe-seeds", type=int, help="as --seeds where it is left out")
     parser.add_argument("--gp-seeds", type=int, default=2, help="Optuna's GP takes minutes a run; 0 leaves it out")

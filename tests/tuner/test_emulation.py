@@ -222,6 +222,7 @@ def test_study_files_that_cannot_be_emulated(override: str, said: str) -> None:
 
 def test_emulation_is_for_the_emulated_engine() -> None:
     text = "name: x\nworkload: {isl: 8, osl: 8, concurrency: 1}\nobjectives: [ttft_p50_ms, tpot_p50_ms]\n"
+    text += "engines: [llamacpp]\n"
     pools = "node_pools: {local: {cpus_per_node: 2}}\n"
     with pytest.raises(StudyFileError, match="goes with the engine emulated"):
         parse_study(text + pools + "emulation: {}\n")

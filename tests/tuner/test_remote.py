@@ -21,8 +21,8 @@ from studies.lease_record import LeaseRecord, Seen, StopOrder
 from studies.records import Origin, TrialRecord, TrialStatus
 from studies.storage import open_storage
 from tests.studies.toy import measure, small_space, toy_problem
+from tests.support.commands import TEXT, Invoke, NoCluster
 from tests.support.memory_runner import MemoryRunner
-from tests.tuner.test_cli import TEXT, Invoke, NoCluster
 from tuner.places import Place
 from tuner.status import State, status_json, status_of, status_text
 from tuner.study_schema import BudgetSection

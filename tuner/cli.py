@@ -18,6 +18,7 @@ from tuner.plan_cli import plan_command
 from tuner.predict import predict
 from tuner.remote import add_commands
 from tuner.score_cli import rescore
+from tuner.whatif_cli import whatif
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,6 +43,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(profiles_app, name="profiles")
 app.command("predict")(predict)
 app.command("plan")(plan_command)
+app.command("whatif")(whatif)
 study_app.command("confirm")(confirm)
 app.command("deploy")(deploy)
 app.command("bench")(bench)

@@ -66,7 +66,7 @@ def choose(report: StudyReport, file: StudyFile, wanted: str, objective: str | N
     ones the earliest trial. Raises `InvalidValueError` for a trial that was not measured, and for one whose processes
     were not recorded.
     """
-    trial, rule = _best(report, objective) if wanted == BEST else (_numbered(report, wanted), "chosen by its number")
+    trial, rule = chosen_trial(report, wanted, objective)
     candidate, measurement = trial.candidate, trial.measurement
     if candidate is None or measurement is None:
         raise InvalidValueError(f"trial {trial.number} of {report.name} is {trial.status}; choose a measured one")
@@ -91,6 +91,11 @@ def choose(report: StudyReport, file: StudyFile, wanted: str, objective: str | N
             name: interval for name in METRICS if (interval := report.spreads.interval(trial, name)) is not None
         },
     )
+
+
+def chosen_trial(report: StudyReport, wanted: str, objective: str | None = None) -> tuple[TrialRecord, str]:
+    """The trial that `wanted` names as `choose` does, whether it was measured or not, and the rule in words."""
+    return _best(report, objective) if wanted == BEST else (_numbered(report, wanted), "chosen by its number")
 
 
 def _numbered(report: StudyReport, wanted: str) -> TrialRecord:

@@ -17,6 +17,7 @@ from tuner.perf import perf_app
 from tuner.plan_cli import plan_command
 from tuner.predict import predict
 from tuner.remote import add_commands
+from tuner.report_cli import report_command
 from tuner.score_cli import rescore
 from tuner.whatif_cli import whatif
 
@@ -37,6 +38,7 @@ app = typer.Typer(
 study_app = typer.Typer(help="Run studies and look at what they found.", no_args_is_help=True)
 add_commands(study_app)
 study_app.command("rescore")(rescore)
+study_app.command("report")(report_command)
 app.add_typer(study_app, name="study")
 app.add_typer(perf_app, name="perf")
 app.add_typer(config_app, name="config")
@@ -236,7 +238,8 @@ def _show_end(ended: Ended, place: Place, *, as_json: bool) -> None:
     from tuner import report
     from tuner.report_html import write_front
 
-    path = write_front(ended.report, place.reports(ended.report.name) / "front.html")
+    name = ended.report.name
+    path = write_front(ended.report, place.reports(name) / "front.html", place.predictions(name))
     if ended.reason is not None:
         print(f"The search ended: {ended.reason}.", file=sys.stderr)
     if as_json:

@@ -41,6 +41,10 @@ class Place:
         """Reports of a study."""
         return self.directory / "reports" / study
 
+    def predictions(self, study: str) -> Path:
+        """What the screen of a study turned down, as Parquet files (see `studies.predictions`)."""
+        return self.directory / "predictions" / study
+
     def nodes(self, study: str) -> Path:
         """Measured devices of a study's node pools."""
         return self.directory / "nodes" / f"{study}.json"

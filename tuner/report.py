@@ -38,7 +38,8 @@ class StudyReport:
     """A study as it stands: its name, question and trials, whether it can still go on (`status`), and its storage.
 
     `trials` holds every run; what is compared are candidates, each with the means of its runs. `earlier` are the
-    earlier studies that taught it or gave it seeds, in words. `device_use` is that of all its runs.
+    earlier studies that taught it or gave it seeds, in words. `device_use` is that of all its runs. `study_file` is the
+    resolved study file that it was made with, without the storage; empty where it is not known.
     """
 
     name: str
@@ -48,6 +49,7 @@ class StudyReport:
     storage: str
     earlier: tuple[str, ...] = ()
     device_use: DeviceUse = field(default_factory=DeviceUse)
+    study_file: str = ""
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -157,7 +159,7 @@ def error_metrics(report: StudyReport) -> tuple[str, ...]:
 def front_table(report: StudyReport) -> RenderableType:
     """The front: figures as a table, then each configuration; says what is missing where there is no front."""
     if not report.front:
-        return _no_front(report)
+        return Text(no_front_text(report))
     counts = f"{len(report.front)} of {len(report.measured)} measured trials"
     title = Text(f"Pareto front of {report.name}{mark(report)}: {counts}")
     table = Table(box=box.SIMPLE_HEAD)
@@ -245,9 +247,10 @@ def configuration_text(report: StudyReport, trial: TrialRecord) -> str:
     return f"{text.removesuffix(str(trial.candidate.load))}its highest rate"
 
 
-def _no_front(report: StudyReport) -> RenderableType:
+def no_front_text(report: StudyReport) -> str:
+    """Why a study has no front: nothing was measured, or nothing meets every SLO, and what the nearest misses."""
     if not report.measured:
-        return Text(f"{report.name} has no measured trial yet; see: tuner study show {report.name}")
+        return f"{report.name} has no measured trial yet; see: tuner study show {report.name}"
     nearest = min(report.measured, key=lambda trial: sum(max(0.0, v) for v in trial.violations.values()))
     missed = ", ".join(
         f"{slo.metric}={number(metrics_of(nearest)[slo.metric])} (SLO {number(slo.threshold)})"
@@ -255,7 +258,7 @@ def _no_front(report: StudyReport) -> RenderableType:
         if nearest.violations.get(slo.metric, 0.0) > 0
     )
     configuration = configuration_text(report, nearest)
-    return Text(
+    return (
         f"No configuration of {report.name}{mark(report)} meets every SLO. "
         f"Nearest is trial {nearest.number}: {missed}\n"
         f"  {configuration}\nAsk for less, allow more nodes or widen the search space."

@@ -46,4 +46,5 @@ def make_report(history: StudyHistory, file: StudyFile) -> StudyReport:
         storage=history.storage.url,
         earlier=history.earlier,
         device_use=history.device_use,
+        study_file=history.study_file,
     )

@@ -4,6 +4,7 @@
 #   make test-long   whole studies on clusters, killed and detached (some minutes more)
 #   make test-vllm   vLLM for real on the CPU, in an environment of its own, .venv-vllm (3.9 GB; some fifteen minutes)
 #   make lint    formatting, lint, types and import layers
+#   make docs    the documentation site, in build/docs
 #   make lock    make the pinned requirement files anew from pyproject.toml
 #   make clean   remove .venv, caches and the demonstration's data
 
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 PYTEST_ARGS ?=
 WORKERS ?= $(shell nproc)
 
-.PHONY: demo test test-long test-vllm lint lock clean check-python
+.PHONY: demo test test-long test-vllm lint docs lock clean check-python
 
 demo: $(VENV)/.installed
 	$(BIN)/tuner study run examples/quickstart.yaml
@@ -42,6 +43,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "The documentation: build/docs/index.html"
 
 # Versions are pinned for every platform; see https://docs.astral.sh/uv/pip/compile/ for the options.
 lock: $(VENV)/.installed-dev

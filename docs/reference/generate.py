@@ -27,8 +27,8 @@ Schema = Mapping[str, Any]  # JSON schema, as pydantic writes it
 _OPTIONS_INTRODUCTION = """# Engine options
 
 An option that a study file does not name is searched over its values, or keeps its default where it is marked *kept*.
-Of numbers anything between the least and the greatest value can be named. Options that change what the model answers are
-marked *numerics*: they have one value in a study, unless `space.compare_numerics` is true."""
+Of numbers anything between the least and the greatest value can be named. Options that change what the model answers
+are marked *numerics*: they have one value in a study, unless `space.compare_numerics` is true."""
 _KEYS_INTRODUCTION = """`tuner config show FILE` prints the value of every key and what set it
 ([layers and profiles](../configuration.md)). A key that is *needed* is given by the file or by a layer."""
 _BENCHMARKS_INTRODUCTION = """# Benchmarks

@@ -462,6 +462,7 @@ class Row:
     overhead_s: float
     p95_s: float
     ask_s: float
+    place_s: float
     tell_s: float
     learn_s: float
     notice_s: float
@@ -511,6 +512,7 @@ def rows_of(meter: Meter) -> tuple[Row, ...]:
                 overhead_s=statistics.median(totals),
                 p95_s=totals[int(0.95 * (len(totals) - 1))],
                 ask_s=middle("ask_s"),
+                place_s=middle("place_s"),
                 tell_s=middle("tell_s"),
                 learn_s=middle("learn_s"),
                 notice_s=middle("notice_s"),
@@ -568,10 +570,10 @@ def _answer(plan: Plan, meter: Meter, history: StudyHistory, wall_s: float) -> A
 
 def print_table(answer: Answer, out: TextIO) -> None:
     """The rows, then the totals."""
-    head = ("trials", "overhead", "p95", "ask", "tell", "learn", "notice", "cpu", "memory")
-    print(("{:>12}" + "{:>10}" * 8).format(*head) + "   (median ms; MiB)", file=out)
+    head = ("trials", "overhead", "p95", "ask", "place", "tell", "learn", "notice", "cpu", "memory")
+    print(("{:>12}" + "{:>10}" * 9).format(*head) + "   (median ms; MiB)", file=out)
     for row in answer.rows:
-        seconds = (row.overhead_s, row.p95_s, row.ask_s, row.tell_s, row.learn_s, row.notice_s, row.cpu_s)
+        seconds = (row.overhead_s, row.p95_s, row.ask_s, row.place_s, row.tell_s, row.learn_s, row.notice_s, row.cpu_s)
         figures = "".join(f"{1000 * value:>10.0f}" for value in seconds)
         print(f"{row.first:>6}-{row.last:<5}{figures}{row.rss_mib:>10.0f}", file=out)
     print(f"{answer.finished} of {answer.plan.trials} trials finished, {answer.lost} lost and repeated", file=out)

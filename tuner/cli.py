@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from search_spaces.errors import TunerError
+from tuner.compare_cli import compare_command
 from tuner.config_cli import config_app, profiles_app
 from tuner.deploy.command import bench, confirm, deploy
 from tuner.perf import perf_app
@@ -38,6 +39,7 @@ app = typer.Typer(
 study_app = typer.Typer(help="Run studies and look at what they found.", no_args_is_help=True)
 add_commands(study_app)
 study_app.command("rescore")(rescore)
+study_app.command("compare")(compare_command)
 study_app.command("report")(report_command)
 app.add_typer(study_app, name="study")
 app.add_typer(perf_app, name="perf")

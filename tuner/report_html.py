@@ -17,7 +17,8 @@ from tuner.report_figures import hypervolume_chart, operating_points, predicted_
 from tuner.report_story import story_of
 from tuner.wording import metric_label
 
-_PARTS = ("report.css", "report.js", "plotly-basic.min.js", "plotly-LICENSE.txt")
+PARTS = ("report.css", "report.js", "plotly-basic.min.js", "plotly-LICENSE.txt")
+"""What stands inside every page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +76,12 @@ def report_html(report: StudyReport, predictions: Path | None = None) -> str:
         noise=_noise(report.spreads.stability, error_metrics(report)),
         infeasible=len(report.measured) - sum(trial.feasible for trial in report.measured),
         spent=spent_text(report),
-        parts={name: _part(name) for name in _PARTS},
+        parts={name: part(name) for name in PARTS},
     )
 
 
-def _part(name: str) -> Markup:
+def part(name: str) -> Markup:
+    """A file of the page: style, script or licence."""
     return Markup((files("tuner") / "templates" / "report" / name).read_text(encoding="utf-8"))  # noqa: S704 - our files
 
 

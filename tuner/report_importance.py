@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from search_spaces.serving import Candidate
+from search_spaces.serving import Candidate, OptionValue
 from studies.records import TrialRecord
 from tuner.report import metrics_of
 
@@ -44,10 +44,14 @@ def importances(trials: Sequence[TrialRecord], metric: str) -> tuple[Importance,
     return tuple(sorted((i for i in shares if i is not None), key=lambda i: (-i.share, i.setting)))
 
 
-def settings_of(candidate: Candidate) -> Mapping[str, Hashable]:
+def settings_of(candidate: Candidate) -> Mapping[str, OptionValue]:
     """Every setting of a candidate by name: mode, load, and for each role its pool, sizes and options."""
     config, load = candidate.config, candidate.load
-    found: dict[str, Hashable] = {"engine": config.engine, "mode": str(config.mode), load.arrival.load_unit: load.value}
+    found: dict[str, OptionValue] = {
+        "engine": config.engine,
+        "mode": str(config.mode),
+        load.arrival.load_unit: load.value,
+    }
     for pool in config.pools:
         inside = {"node_pool": pool.node_pool, "replicas": pool.replicas, **asdict(pool.parallelism)}
         found |= {f"{pool.role}.{name}": value for name, value in (inside | dict(pool.options)).items()}

@@ -24,7 +24,7 @@ from search_spaces.rules import infeasibility
 from search_spaces.serving import Candidate, OptionValue, Pool, Role, make_options
 from search_spaces.slos import Slo
 from search_spaces.space import PARALLEL_SIZES
-from search_spaces.workload import Load
+from search_spaces.workload import Arrival, Load
 from studies.history import StudyHistory
 from studies.noise import asked_metrics
 from studies.records import TrialRecord
@@ -212,11 +212,12 @@ def _value(setting: str, text: str) -> OptionValue:
 
 
 def changed(candidate: Candidate, own: Mapping[str, OptionValue]) -> Candidate:
-    """`candidate` with the settings `own`; its load stays."""
+    """`candidate` with the settings `own`."""
     pools = {str(pool.role): pool for pool in candidate.config.pools}
     for name, value in own.items():
         role, _, setting = name.partition(".")
         if name == LOAD:
+            candidate = replace(candidate, load=_load(candidate.load.arrival, value))
             continue
         if role not in pools:
             there = ", ".join(pools)
@@ -226,6 +227,12 @@ def changed(candidate: Candidate, own: Mapping[str, OptionValue]) -> Candidate:
             )
         pools[role] = _with_setting(pools[role], setting, value, candidate.config.engine)
     return replace(candidate, config=replace(candidate.config, pools=tuple(pools.values())))
+
+
+def _load(arrival: Arrival, value: OptionValue) -> Load:
+    if isinstance(value, (str, bool)):
+        raise InvalidValueError(f"--set load={value}: give a number ({arrival.load_unit})")
+    return Load(arrival=arrival, value=float(value))
 
 
 def _with_setting(pool: Pool, name: str, value: OptionValue, engine: str) -> Pool:
@@ -282,10 +289,7 @@ def _loads(
     """The load that was set, else the changed ones of the study file, else that of the trial."""
     arrival = problem.workload.arrival
     if LOAD in own:
-        value = own[LOAD]
-        if isinstance(value, (str, bool)):
-            raise InvalidValueError(f"--set load={value}: give a number ({arrival.load_unit})")
-        return (Load(arrival=arrival, value=float(value)),)
+        return (_load(arrival, own[LOAD]),)
     if any(line.startswith(LOAD_KEYS) for line in changes):
         return tuple(Load(arrival=arrival, value=float(value)) for value in loads_of(file, problem.workload))
     return (candidate.load,)
@@ -340,12 +344,13 @@ def beyond(candidate: Candidate, measured: Sequence[TrialRecord], old: Problem, 
         device = new.node_pool(pool.node_pool).device.name
         if device not in {types[p.node_pool] for p in alike}:
             found.append(f"{pool.role} on {device}: no {pool.role} replica was measured on such a device")
-        for name, value in _settings(pool).items():
-            found += _value_beyond(f"{pool.role}.{name}", value, [_settings(p).get(name) for p in alike])
+        for name, value in settings_of(pool).items():
+            found += _value_beyond(f"{pool.role}.{name}", value, [settings_of(p).get(name) for p in alike])
     return tuple(found)
 
 
-def _settings(pool: Pool) -> dict[str, OptionValue]:
+def settings_of(pool: Pool) -> dict[str, OptionValue]:
+    """Replicas, parallel sizes and options of `pool` by name."""
     sizes: dict[str, OptionValue] = {"replicas": pool.replicas}
     sizes |= {name: getattr(pool.parallelism, name) for name in PARALLEL_SIZES}
     return sizes | dict(pool.options)

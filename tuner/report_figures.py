@@ -59,7 +59,7 @@ def shown_metrics(report: StudyReport) -> tuple[str, ...]:
 
 
 def _pairs(report: StudyReport) -> list[tuple[str, str]]:
-    asked = (*report.objectives, *(slo.metric for slo in report.problem.slos))
+    asked = (*(slo.metric for slo in report.problem.slos), *report.objectives)
     ttft = next((metric for metric in asked if metric.startswith("ttft_")), "ttft_p50_ms")
     wanted = [(_PER_USER, _PER_GPU), (ttft, _PER_GPU)]
     if any(pool.price_per_hour > 0 for pool in report.problem.node_pools):
@@ -72,13 +72,26 @@ def _pairs(report: StudyReport) -> list[tuple[str, str]]:
 
 def _points_chart(report: StudyReport, cloud: Cloud, x: str, y: str) -> Chart:
     traces = list(_point_traces(report, cloud, (x, y)))
-    behind = f" Behind them {cloud.total:,} predictions that were not measured (thinned out)." if cloud.total else ""
+    shown = len(cloud.pairs(x, y)[0])
+    of = f"{shown:,} of " if shown < cloud.total else ""
+    behind = f" Behind them {of}{cloud.total:,} predictions that were not measured." if shown else ""
+    known = any(report.spreads.interval(trial, metric) for trial in report.measured for metric in (x, y))
+    bars = "; bars are 95% intervals" if known else ""
     return Chart(
         id=f"points-{x}-{y}".replace("_", "-"),
         title=f"{_plain(y)} against {_plain(x)}",
-        caption=f"Measured candidates; bars are 95% intervals.{_region_text(report, x, y)}{behind}",
-        spec={"data": list(traces), "layout": _layout(x, y, shapes=_slo_shapes(report, x, y))},
+        caption=f"Measured candidates{bars}.{_region_text(report, x, y)}{behind}",
+        spec={"data": list(traces), "layout": _ranged(_layout(x, y, shapes=_slo_shapes(report, x, y)), report, x, y)},
     )
+
+
+def _ranged(layout: dict[str, Json], report: StudyReport, x: str, y: str) -> dict[str, Json]:
+    """`layout` with axes from 0 to somewhat beyond what was measured: predictions far outside would squeeze it."""
+    for name, metric in (("xaxis", x), ("yaxis", y)):
+        axis, largest = layout[name], _largest(report, metric)
+        if isinstance(axis, dict) and largest > 0:
+            axis["range"] = [0, 1.3 * largest]
+    return layout
 
 
 def _region_text(report: StudyReport, x: str, y: str) -> str:

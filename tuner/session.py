@@ -31,6 +31,7 @@ from tuner.observer import Observer
 from tuner.places import Place
 from tuner.recording import Recording
 from tuner.report import StudyReport
+from tuner.report_dashboard import publish
 from tuner.stored import find_history, make_report
 from tuner.study_errors import StudyFileError
 from tuner.study_file import differences, dump_study, in_order_of, parse_study
@@ -105,7 +106,10 @@ def _run(
         reason = _search(study, file, place, model, cluster, stop, observer)
         study.flush()
         order = f"stopped on the order of {lease.stop_order.by}" if lease.stop_order and reason is None else None
-        return Ended(reason=reason, stop_order=order, report=make_report(study.history, file))
+        report = make_report(study.history, file)
+        lease.ensure()
+        publish(storage, report)
+        return Ended(reason=reason, stop_order=order, report=report)
 
 
 def _taught(predictor: CalibratedPredictor, found: Sequence[Lesson], observer: Observer) -> CalibratedPredictor:

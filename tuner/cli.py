@@ -20,6 +20,7 @@ from tuner.predict import predict
 from tuner.remote import add_commands
 from tuner.report_cli import report_command
 from tuner.score_cli import rescore
+from tuner.serve import serve
 from tuner.whatif_cli import whatif
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ app.command("whatif")(whatif)
 study_app.command("confirm")(confirm)
 app.command("deploy")(deploy)
 app.command("bench")(bench)
+app.command("serve")(serve)
 
 Storage = Annotated[
     str | None,
@@ -105,10 +107,18 @@ def run(
     no_progress: NoProgress = False,
     detached: Detach = False,
 ) -> None:
-    """Run the study of FILE; one that was begun before goes on where it stopped."""
+    """Run the study of FILE, or all of its experiments; what was begun before goes on where it stopped."""
+    from tuner.experiments_run import Options, experiments_of, run_all
     from tuner.remote import detach
     from tuner.study_file import load_study_file
 
+    names = experiments_of(file, overrides or [])
+    if names:
+        if as_json:
+            raise TunerError("--json tells one study; pick one with --set experiment=NAME, or compare them as JSON")
+        options = Options(address=address, overrides=tuple(overrides or ()), storage=storage, detached=detached)
+        _end_of_all(run_all(file, names, options))
+        return
     study = load_study_file(file, overrides or [])
     if detached:
         detach(study, _place(study, storage), address)
@@ -225,6 +235,15 @@ def _run(study: StudyFile, place: Place, *, address: str | None, as_json: bool, 
     if ended.reason is None:
         print(f"Stopped. Nothing that was measured is lost; {_how_to_resume(study)}", file=sys.stderr)
         raise typer.Exit(128 + (stop.signal_number or signal.SIGTERM))
+
+
+def _end_of_all(codes: dict[str, int]) -> None:
+    """Say how the experiments ended; exits with the largest code."""
+    for name, code in codes.items():
+        print(f"experiment {name}: {'done' if code == 0 else f'ended with exit code {code}'}", file=sys.stderr)
+    if any(codes.values()):
+        raise typer.Exit(max(codes.values()))
+    print("Compare them with: tuner study compare NAME, the name of the study file.", file=sys.stderr)
 
 
 def _how_to_resume(study: StudyFile) -> str:

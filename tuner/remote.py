@@ -52,7 +52,7 @@ def status(
 
     place = existing_place(storage)
     opened = open_storage(place.url)
-    _require_known(opened, name)
+    require_known(opened, name)
     history = find_history(opened, name)
     budget = stored_file(history, place).budget if history else None
     trials = history.trials() if history else ()
@@ -72,7 +72,7 @@ def logs(
     from tuner.places import existing_place
 
     opened = open_storage(existing_place(storage).url)
-    _require_known(opened, name)
+    require_known(opened, name)
     book = open_lease_book(opened)
     events = book.events(name)
     _print_events(events if tail is None else events[len(events) - min(tail, len(events)) :])
@@ -102,7 +102,7 @@ def stop(
     from tuner.places import existing_place
 
     opened = open_storage(existing_place(storage).url)
-    _require_known(opened, name)
+    require_known(opened, name)
     record = order_stop(opened, name)
     print(f"Ordered {record.holder} to stop study {name}.")
     deadline = time.monotonic() + wait_s
@@ -118,7 +118,7 @@ def stop(
         )
 
 
-def _require_known(storage: Storage, name: str) -> None:
+def require_known(storage: Storage, name: str) -> None:
     """Raise `StudyNotFoundError` where the storage has neither the study nor a coordinator that is about to make it."""
     from studies.history import load_optuna_study
     from studies.lease import read_lease

@@ -16,6 +16,8 @@ from tuner.report import metrics_of
 
 LEAST_TRIALS = 6
 """Fewer measured candidates than this say nothing about settings."""
+_ROUNDING = 1e-18
+"""Variance of logarithms that is rounding alone: values that differ by a part in a billion are equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ def _importance(name: str, settings: Sequence[Mapping[str, Hashable]], every: ND
         groups[found[name]].append(float(log))
     count, kinds = len(logs), len(groups)
     total = float(((logs - logs.mean()) ** 2).sum())
-    if kinds < 2 or kinds >= count or total <= 0:
+    if kinds < 2 or kinds >= count or total <= _ROUNDING * count:
         return None
     within = math.fsum(float(((np.array(g) - np.mean(g)) ** 2).sum()) for g in groups.values())
     share = 1.0 - (count - 1) / (count - kinds) * within / total

@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from search_spaces.errors import TunerError
+from tuner.experiments import EXPERIMENTS
 from tuner.layers_resolve import COMMAND_LINE, STUDY_FILE
 from tuner.layers_study import LAYERING_KEYS
 from tuner.study_schema import KeyProblemError, StudyFile
@@ -165,7 +166,7 @@ def _field(path: Path) -> tuple[str, FieldInfo] | None:
 
 def _keys_of(path: Path) -> list[str]:
     if not path:
-        return [*StudyFile.model_fields, *LAYERING_KEYS]
+        return [*StudyFile.model_fields, *LAYERING_KEYS, EXPERIMENTS]
     found = _field(path)
     model = _model_in(found[1].annotation) if found else None
     return list(model.model_fields) if model else []

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from tuner.experiments import chosen
 from tuner.layers import KeyPath
 from tuner.layers_file import LayerError
 from tuner.layers_resolve import Resolved
@@ -54,14 +55,20 @@ def load_study_file(path: Path, overrides: Sequence[str] = ()) -> StudyFile:
 def load_layered(path: Path, overrides: Sequence[str] = ()) -> LayeredStudy:
     """Like `load_study_file`, with the layer that set each value."""
     parsed = _parse_yaml(_read(path), str(path))
-    tree = _overridden(parsed.tree, overrides)
     directory = path.resolve().parent
     try:
-        resolved = resolve_tree(tree, directory, [_override_path(text) for text in overrides])
+        chosen_tree, rest = chosen(parsed.tree, overrides)
+        tree = _overridden(chosen_tree, rest)
+        resolved = resolve_tree(tree, directory, [_override_path(text) for text in rest])
     except LayerError as error:
         raise _error(str(path), [str(error)]) from error
     study = _checked(resolved.tree, parsed.lines, str(path), resolved.origins)
     return LayeredStudy(study=_absolute_paths(study, directory, name=str(path)), resolved=resolved, lines=parsed.lines)
+
+
+def raw_tree(path: Path) -> Tree:
+    """The YAML of the study file at `path`, unchecked; raises `StudyFileError` for what is none."""
+    return _parse_yaml(_read(path), str(path)).tree
 
 
 def _read(path: Path) -> str:

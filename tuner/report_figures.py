@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -99,7 +100,13 @@ def _region_text(report: StudyReport, x: str, y: str) -> str:
 
 
 def _plain(metric: str) -> str:
-    return metric.replace("_", " ").replace(" per ", "/").removesuffix(" ms")
+    """A metric's name as people write it, such as TTFT p99 or output tokens/s/GPU."""
+    text = metric.removesuffix("_ms").replace("_", " ")
+    for name in ("ttft", "tpot", "itl", "e2e"):
+        text = text.replace(f"{name} ", f"{name.upper()} ")
+    for divisor, short in (("s", "s"), ("gpu", "GPU"), ("user", "user"), ("dollar", "dollar")):
+        text = re.sub(rf" per {divisor}\b", f"/{short}", text)
+    return text
 
 
 def _layout(x: str, y: str, shapes: Sequence[Json] = ()) -> dict[str, Json]:
@@ -107,7 +114,7 @@ def _layout(x: str, y: str, shapes: Sequence[Json] = ()) -> dict[str, Json]:
         "margin": {"l": 62, "r": 14, "t": 10, "b": 52},
         "hovermode": "closest",
         "hoverlabel": {"align": "left"},
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "xref": "container"},
         "xaxis": {"title": {"text": axis_title(x)}, "rangemode": "tozero", "automargin": True},
         "yaxis": {"title": {"text": axis_title(y)}, "rangemode": "tozero", "automargin": True},
         "shapes": list(shapes),
@@ -117,7 +124,8 @@ def _layout(x: str, y: str, shapes: Sequence[Json] = ()) -> dict[str, Json]:
 def axis_title(metric: str) -> str:
     """Name, unit and better direction of a metric, short enough for a phone."""
     arrow = "\u2193" if METRICS[metric].direction is Direction.MINIMIZE else "\u2191"
-    return f"{_plain(metric)} ({METRICS[metric].unit}) {arrow}"
+    name, unit = _plain(metric), METRICS[metric].unit
+    return f"{name} {arrow}" if name.endswith(unit) else f"{name} ({unit}) {arrow}"
 
 
 def _slo_shapes(report: StudyReport, x: str, y: str) -> list[Json]:

@@ -155,8 +155,8 @@ def _answer(report: StudyReport, recommended: TrialRecord | None, default: Trial
     kind = recommended.candidate.config.mode if recommended.candidate else "?"
     marked = " These figures are emulated: no hardware gave them." if report.emulated else ""
     return (
-        f"Trial {recommended.number}, {kind} on {_devices(recommended)}, gives {figure} {METRICS[first].unit} "
-        f"of {first}{slos}{versus}.{marked}"
+        f"Trial {recommended.number}, {kind} on {_devices(recommended)}, reaches {figure} {METRICS[first].unit} "
+        f"({first}){slos}{versus}.{marked}"
     )
 
 

@@ -4,12 +4,14 @@
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const themed = (layout) => {
     const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line") };
+    const narrow = window.innerWidth < 600;
     return {
       ...layout,
+      legend: { ...layout.legend, itemwidth: 30, font: { size: narrow ? 10 : 12 } },
       autosize: true,
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
-      font: { color: colour("--ink"), family: "system-ui, sans-serif", size: 12 },
+      font: { color: colour("--ink"), family: "system-ui, sans-serif", size: narrow ? 10 : 12 },
       hoverlabel: { align: "left", bgcolor: colour("--card"), bordercolor: colour("--soft"), font: { color: colour("--ink") } },
       xaxis: { ...axis, ...layout.xaxis },
       yaxis: { ...axis, ...layout.yaxis },

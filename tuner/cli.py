@@ -14,6 +14,7 @@ from search_spaces.errors import TunerError
 from tuner.compare_cli import compare_command
 from tuner.config_cli import config_app, profiles_app
 from tuner.deploy.command import bench, confirm, deploy
+from tuner.importance import importance_command
 from tuner.perf import perf_app
 from tuner.plan_cli import plan_command
 from tuner.predict import predict
@@ -41,6 +42,7 @@ study_app = typer.Typer(help="Run studies and look at what they found.", no_args
 add_commands(study_app)
 study_app.command("rescore")(rescore)
 study_app.command("compare")(compare_command)
+study_app.command("importance")(importance_command)
 study_app.command("report")(report_command)
 app.add_typer(study_app, name="study")
 app.add_typer(perf_app, name="perf")

@@ -60,8 +60,21 @@ def settings_of(candidate: Candidate) -> Mapping[str, OptionValue]:
     return found
 
 
-def _importance(name: str, settings: Sequence[Mapping[str, Hashable]], every: NDArray[np.float64]) -> Importance | None:
-    """None where the setting has one value, or too few trials have it, or each a value of its own."""
+def _importance(
+    name: str, settings: Sequence[Mapping[str, OptionValue]], every: NDArray[np.float64]
+) -> Importance | None:
+    share = share_of_variance(name, settings, every)
+    values = len({found[name] for found in settings if name in found})
+    return None if share is None else Importance(setting=name, share=share, values=values)
+
+
+def share_of_variance(
+    name: str, settings: Sequence[Mapping[str, OptionValue]], every: NDArray[np.float64]
+) -> float | None:
+    """The share of the variance of `every` (one value for each of `settings`) that goes with setting `name`.
+
+    None where the setting has one value, or too few have it, or each a value of its own.
+    """
     there = [name in found for found in settings]
     logs = every[there]
     if len(logs) < LEAST_TRIALS:
@@ -75,4 +88,4 @@ def _importance(name: str, settings: Sequence[Mapping[str, Hashable]], every: ND
         return None
     within = math.fsum(float(((np.array(g) - np.mean(g)) ** 2).sum()) for g in groups.values())
     share = 1.0 - (count - 1) / (count - kinds) * within / total
-    return Importance(setting=name, share=min(1.0, max(0.0, share)), values=kinds)
+    return min(1.0, max(0.0, share))

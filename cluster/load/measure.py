@@ -58,7 +58,9 @@ def measure(
 
 def judge(run: LoadRun, result: LoadResult, *, slos: Sequence[Slo], devices: int, price_per_hour: float) -> LoadOutcome:
     """The measurement in `result`, or the first reason why it is none: failed requests, time, a late client."""
-    failed = _failed_requests(run, result) or _timed_out(run, result) or _late(run, result)
+    failed = (
+        _failed_requests(run, result) or _timed_out(run, result) or _late(run, result) or _read_at_once(run, result)
+    )
     if failed is not None:
         return failed
     requests = result.timings.requests
@@ -141,6 +143,21 @@ def _late(run: LoadRun, result: LoadResult) -> Failure | None:
         FailureReason.LATE_CLIENT,
         f"the load client was {late:.1f} ms late (p99), over its limit of {run.rule.lateness_limit_ms:g} ms, so that "
         "its timings are not the server's; give it cores of its own",
+    )
+
+
+def _read_at_once(run: LoadRun, result: LoadResult) -> Failure | None:
+    """A client that found every answer complete when it came to read it: its events have no time between them."""
+    answers = [timing.token_ns for timing in result.timings.of_phase(Phase.MEASURED) if timing.completed]
+    several = [times for times in answers if len(times) > 1]
+    if not several or any(times[-1] > times[0] for times in several):
+        return None
+    return _failure(
+        run,
+        result,
+        FailureReason.LATE_CLIENT,
+        f"all events of each of {len(several)} answers were read at one moment, so that there is no TPOT; give the "
+        "load client cores of its own, and the server nothing before it that holds events back",
     )
 
 

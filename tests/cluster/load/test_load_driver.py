@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from cluster.load.driver import LoadResult, LoadRun, run_load, warm_up_requests
-from cluster.load.measure import LoadMeasurement, measure
-from cluster.load.timings import ErrorClass, Phase, RequestTiming, read_timings
+from cluster.load.measure import LoadMeasurement, judge, measure
+from cluster.load.timings import ErrorClass, Phase, RequestTiming, Timings, read_timings
 from search_spaces.errors import InvalidValueError
 from search_spaces.measuring import MeasurementRule
 from search_spaces.outcome import Failure, FailureReason
 from search_spaces.problem import Slo
 from search_spaces.workload import Arrival, Length, Load, Workload
+from tests.support.load_timings import timing
 from tests.support.timed_server import Behaviour, Fault, TimedServer, Truth, timed_server
 
 ON_TIME_ENOUGH_MS = 2000.0
@@ -238,6 +239,22 @@ def test_a_limit_that_strikes_in_the_warm_up_tells_of_its_errors(tmp_path: Path)
     assert isinstance(failure, Failure)
     assert failure.reason is FailureReason.MEASUREMENT_TIMEOUT
     assert set(failure.timings_s) == {"warm_up", "measure"}
+
+
+@pytest.mark.parametrize(("answers", "is_measured"), [([[5, 5, 5], [9, 9, 9]], False), ([[5, 5, 5], [9, 9, 12]], True)])
+def test_answers_that_were_read_at_one_moment_are_no_measurement(
+    answers: list[list[float]], is_measured: bool, tmp_path: Path
+) -> None:
+    requests = tuple(timing(0, at) for at in answers)
+    result = LoadResult(timings=Timings(start_epoch_ns=0, start_monotonic_ns=0, requests=requests), loop_lag_ns=())
+    outcome = judge(load_run("http://127.0.0.1:1", tmp_path, closed(1)), result, slos=(), devices=1, price_per_hour=0.0)
+    if is_measured:
+        assert isinstance(outcome, LoadMeasurement)
+        assert outcome.metrics.flat()["output_tokens_per_s_per_user"] > 0
+    else:
+        assert isinstance(outcome, Failure)
+        assert outcome.reason is FailureReason.LATE_CLIENT
+        assert "all events of each of 2 answers were read at one moment" in outcome.detail
 
 
 def test_a_late_client_is_no_measurement(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def _layout(x: str, y: str, shapes: Sequence[Json] = ()) -> dict[str, Json]:
         "margin": {"l": 62, "r": 14, "t": 10, "b": 52},
         "hovermode": "closest",
         "hoverlabel": {"align": "left"},
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "xref": "container"},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         "xaxis": {"title": {"text": axis_title(x)}, "rangemode": "tozero", "automargin": True},
         "yaxis": {"title": {"text": axis_title(y)}, "rangemode": "tozero", "automargin": True},
         "shapes": list(shapes),

@@ -4,9 +4,10 @@
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const themed = (layout) => {
     const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line") };
-    const narrow = window.innerWidth < 600;
+    const narrow = window.innerWidth <= 600;
     return {
       ...layout,
+      showlegend: layout.showlegend !== false && !narrow, // narrow pages have one legend above all charts
       legend: { ...layout.legend, itemwidth: 30, font: { size: narrow ? 10 : 12 } },
       autosize: true,
       paper_bgcolor: "rgba(0,0,0,0)",

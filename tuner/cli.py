@@ -17,7 +17,7 @@ from tuner.deploy.command import bench, confirm, deploy
 from tuner.importance import importance_command
 from tuner.perf import perf_app
 from tuner.plan_cli import plan_command
-from tuner.predict import predict
+from tuner.prediction import predict
 from tuner.remote import add_commands
 from tuner.report_cli import report_command
 from tuner.score_cli import rescore

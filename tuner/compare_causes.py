@@ -14,7 +14,7 @@ from search_spaces.errors import InvalidValueError
 from search_spaces.rules import infeasibility
 from search_spaces.serving import Candidate, OptionValue
 from studies.history import StudyHistory
-from tuner.compare import Best, Comparison
+from tuner.comparison import Best, Comparison
 from tuner.places import Place
 from tuner.report_importance import settings_of
 from tuner.stored import stored_file

@@ -26,10 +26,10 @@ def compare_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare studies of a storage by what they measured; prints tables and writes a page."""
-    from tuner.compare import compare
     from tuner.compare_causes import explained, questions
     from tuner.compare_html import write_comparison
     from tuner.compare_report import comparison_json, shown
+    from tuner.comparison import compare
     from tuner.places import existing_place
     from tuner.score_cli import with_slos
     from tuner.stored import make_report, stored_file

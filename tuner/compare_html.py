@@ -12,9 +12,9 @@ from jinja2 import Environment, PackageLoader
 from search_spaces.metrics import METRICS, Direction
 from studies.codec import Json
 from studies.records import TrialRecord
-from tuner.compare import Comparison
 from tuner.compare_causes import Explained
 from tuner.compare_report import MARKS, best_text, explained_text, interval_text, shared_text, volume_words
+from tuner.comparison import Comparison
 from tuner.report import mark, metrics_of
 from tuner.report_figures import Chart, axis_title
 from tuner.report_html import PARTS, part

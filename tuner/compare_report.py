@@ -11,8 +11,8 @@ from rich.table import Table
 from search_spaces.metrics import METRICS
 from studies.codec import Json, to_json
 from studies.records import TrialRecord
-from tuner.compare import DRAWS, Best, Comparison, Shared, Volume
 from tuner.compare_causes import Cause, Explained
+from tuner.comparison import DRAWS, Best, Comparison, Shared, Volume
 from tuner.report import configuration_text, mark, metrics_of
 from tuner.wording import candidate_json, metric_label, number, slo_text
 

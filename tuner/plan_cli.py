@@ -187,7 +187,7 @@ def _predictions(
 ) -> list[tuple[Candidate, Mapping[str, float]]]:
     """What the study's model, corrected by its measurements, predicts of `count` configurations not yet measured."""
     from search_spaces.rules import infeasibility
-    from tuner.predict import problem_of
+    from tuner.prediction import problem_of
     from tuner.wiring import make_predictor, make_space
 
     problem, _ = problem_of(file)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from perf_model.accounts import Account, RoleAccount
     from search_spaces.outcome import Prediction
-    from tuner.predict import Forecast, Outlook
+    from tuner.prediction import Forecast, Outlook
 
 GIB = 2.0**30
 STATISTICS = ("mean", "p50", "p90", "p99")

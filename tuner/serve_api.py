@@ -17,12 +17,13 @@ from typing import Annotated
 
 import yaml
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from search_spaces.errors import InvalidValueError, TunerError
+from search_spaces.errors import InvalidValueError, TunerError, require
 from studies.codec import Json
 from studies.errors import StorageError, StudyBusyError, StudyNotFoundError
 from studies.history import summaries
@@ -31,8 +32,8 @@ from studies.lease_record import Event
 from studies.storage import Storage, open_lease_book
 from tuner import report
 from tuner.places import Place
-from tuner.predict import look_out
 from tuner.predict_report import outlook_json
+from tuner.prediction import look_out
 from tuner.remote import require_known
 from tuner.serve_access import Guard, Right, Tokens
 from tuner.status import status_json, status_of
@@ -43,12 +44,24 @@ from tuner.whatif import what_if
 from tuner.whatif_cli import whatif_json
 
 FOLLOW_S = 1.0
+LARGEST_NUMBER = 10_000_000
+LARGEST_TURNS = 1_000
+LONGEST_LIST = 256
+DEEPEST = 24
+"""What a question may hold, so that answering it takes seconds: the model's work grows with some of its figures."""
 _SETTING = re.compile(
     r"(load|(mixed|prefill|decode)\.\w+"
     r"|workload\.(isl|osl|turns|arrival|concurrency|request_rate|shared_prefix|think_time)(\.\w+)?"
     r"|node_pools\.[\w-]+\.(device|nodes|gpus_per_node|cpus_per_node|pricing|\w*price_per_hour)"
     r")\s*=[^&*]{1,100}"
 )
+_OPENING = (
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+)
+_CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 _ABOUT = """Studies of one storage: what they measured, how they stand, and what the model predicts.
 
 Give a token as `Authorization: Bearer TOKEN`. Errors are `{"detail": ...}` with the value, the limit and the remedy."""
@@ -74,6 +87,7 @@ def make_app(service: Service) -> FastAPI:
     app.include_router(_api)
     app.add_middleware(Guard, local_only=not service.tokens.any)
     app.add_exception_handler(TunerError, _told)
+    app.add_exception_handler(RequestValidationError, _malformed)
     return app
 
 
@@ -85,7 +99,19 @@ def _told(_request: Request, error: Exception) -> JSONResponse:
         (StorageError, 503),
     )
     status = next((status for kind, status in kinds if isinstance(error, kind)), 422)
-    return JSONResponse({"detail": str(error)}, status)
+    return JSONResponse({"detail": _encodable(str(error))}, status)
+
+
+def _malformed(_request: Request, error: Exception) -> JSONResponse:
+    """A request that is not what the description says, in words and without repeating it."""
+    problems = error.errors() if isinstance(error, RequestValidationError) else ()
+    told = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems]
+    return JSONResponse({"detail": _encodable("; ".join(told))}, 422)
+
+
+def _encodable(text: str) -> str:
+    """`text` without halves of characters, which JSON may hold and UTF-8 may not."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _service(request: Request) -> Service:
@@ -118,7 +144,11 @@ _open = APIRouter()
 _api = APIRouter(
     prefix="/api/v1",
     dependencies=[Depends(_reader)],
-    responses={401: _error("no token, or a wrong one"), 503: _error("the storage cannot be reached")},
+    responses={
+        401: _error("no token, or a wrong one"),
+        422: _error("KEY: what is wrong, the limit, the remedy"),
+        503: _error("the storage cannot be reached"),
+    },
 )
 _NOT_FOUND: dict[int | str, dict[str, object]] = {404: _error("no such study")}
 _BUSY: dict[int | str, dict[str, object]] = {429: _error("another prediction is being computed")}
@@ -229,6 +259,8 @@ def whatif(service: TheService, name: Name, change: Change) -> JSONResponse:
             raise InvalidValueError(
                 f"{setting!r} cannot be asked here; change load, ROLE.OPTION, workload.KEY or node_pools.POOL.KEY"
             )
+        key, _, value = setting.partition("=")
+        _require_modest(_yaml(value, setting), key.strip())
     with _alone(service):
         found = what_if(history_of(service.place, name), service.place, change.settings, trial=change.trial)
         return _json(whatif_json(found))
@@ -306,15 +338,46 @@ def _study_of(text: str) -> StudyFile:
 
 def _require_harmless(text: str) -> None:
     """Raise for layers of the server's folders, and for aliases, by which a short text becomes a huge tree."""
-    try:
-        tokens = list(yaml.scan(text, Loader=yaml.SafeLoader))
-        if any(isinstance(token, yaml.AliasToken) for token in tokens):
-            raise InvalidValueError("the study has aliases (*name); write their values out")
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InvalidValueError(f"the study is no valid YAML: {error}") from error
+    tree = _yaml(text, "the study")
     if isinstance(tree, dict) and "layers" in tree:
         raise InvalidValueError("layers names folders of the server; leave it out")
+    _require_modest(tree, "")
+
+
+def _yaml(text: str, name: str) -> object:
+    """The tree of `text`. Aliases are refused, by which a short text becomes a huge tree, and so is deep nesting."""
+    depth = 0
+    try:
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+            _require_plain(token, depth, name)
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InvalidValueError(f"{name} is no valid YAML: {error}") from error
+    except ValueError as error:
+        if isinstance(error, TunerError):
+            raise
+        raise InvalidValueError(f"{name} is no valid YAML: {error}") from error
+
+
+def _require_plain(token: yaml.Token, depth: int, name: str) -> None:
+    require(not isinstance(token, yaml.AliasToken), f"{name} has aliases (*word); write their values out")
+    require(depth <= DEEPEST, f"{name} is nested more than {DEEPEST} deep; no study file is")
+
+
+def _require_modest(tree: object, path: str) -> None:
+    """Raise for a figure or a list of a question that would take the model very long."""
+    limit = LARGEST_TURNS if path.startswith("workload.turns") else LARGEST_NUMBER
+    if isinstance(tree, int | float) and not abs(tree) <= limit:
+        raise InvalidValueError(f"{path}: {tree} is beyond what this service computes; give at most {limit}")
+    if isinstance(tree, list) and len(tree) > LONGEST_LIST:
+        raise InvalidValueError(f"{path}: {len(tree)} values are more than this service takes; give {LONGEST_LIST}")
+    if isinstance(tree, list):
+        for value in tree:
+            _require_modest(value, path)
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            _require_modest(value, f"{path}.{key}".strip("."))
 
 
 def _json(tree: object) -> JSONResponse:

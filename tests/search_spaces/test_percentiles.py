@@ -15,7 +15,7 @@ from search_spaces.slos import Slo
 from studies.codec import from_json, to_json
 from studies.repeats import mean_metrics
 from tests.studies.toy import measure, toy_problem, wide_space
-from tuner.predict import look_out
+from tuner.prediction import look_out
 from tuner.study_errors import StudyFileError
 from tuner.study_file import parse_study
 

@@ -18,7 +18,7 @@ from studies.records import Origin, TrialRecord
 from tests.studies.toy import measure, toy_problem, wide_space
 from tests.support.commands import Invoke, commands_in
 from tests.support.reports import some_candidates, trial
-from tuner.compare import Comparison, Spread, compare, exceeds_noise
+from tuner.comparison import Comparison, Spread, compare, exceeds_noise
 from tuner.report import StudyReport
 
 PROBLEM = toy_problem()

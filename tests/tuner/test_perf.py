@@ -18,7 +18,7 @@ import tuner.table_places
 from perf_model.tables import TableStore, default_root
 from search_spaces.errors import InvalidValueError
 from tuner.cli import main
-from tuner.predict import look_out
+from tuner.prediction import look_out
 from tuner.study_file import parse_study
 from tuner.table_import import import_tables
 from tuner.table_places import overlay, own_root, silicon_at, table_roots, tables_of

@@ -43,7 +43,7 @@ from tuner.collect_gpus import QUICK_MESSAGES, GpuCollection, needed_shapes
 from tuner.collect_kernels import fit_copies, kernel_facts
 from tuner.collect_table import CollectedTable
 from tuner.collecting import LOCAL_STUDY, Wanted, collect
-from tuner.predict import look_out
+from tuner.prediction import look_out
 from tuner.study_file import parse_study
 from tuner.table_places import measured_nodes, own_notes, remember_pool
 from tuner.wiring import UNMEASURED_CORE, make_problem

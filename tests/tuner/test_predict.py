@@ -17,7 +17,7 @@ from search_spaces.errors import TunerError
 from search_spaces.hardware import DeviceKind
 from search_spaces.serving import Role
 from tuner.cli import main
-from tuner.predict import look_out
+from tuner.prediction import look_out
 from tuner.study_errors import StudyFileError
 from tuner.study_file import load_study_file, parse_study
 from tuner.wiring import make_model, make_problem, make_space, require_weights

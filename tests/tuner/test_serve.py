@@ -109,6 +109,9 @@ def test_predictions_and_what_ifs(url: str) -> None:
         (ASKED + "calibration: /etc/passwd\n", "calibration names a file"),
         ("a: &a [1, 1]\nb: [*a, *a]\n", "aliases"),
         (ASKED.replace("isl: 64", "isl: -1"), "workload.isl"),
+        (ASKED.replace("isl: 64", "isl: 64, turns: 999999999"), "workload.turns: 999999999 is beyond"),
+        (ASKED.replace("[1, 2, 4]", str(list(range(1, 300)))), "workload.concurrency: 299 values"),
+        ("[" * 2000, "nested more than 24 deep"),
         ("{", "no valid YAML"),
         ("\x00", "no valid YAML"),
         ("5", "study"),
@@ -129,6 +132,20 @@ def test_a_what_if_reaches_no_file(url: str, setting: str) -> None:
     answer = client(url, token=READ).post("/api/v1/studies/toy/whatif", json={"settings": [setting]})
     assert answer.status_code == 422
     assert "cannot be asked here" in answer.json()["detail"]
+
+
+def test_a_what_if_that_would_take_for_ever_is_refused(url: str) -> None:
+    answer = client(url, token=READ).post("/api/v1/studies/toy/whatif", json={"settings": ["workload.turns=99999999"]})
+    assert (answer.status_code, "beyond what this service computes" in answer.json()["detail"]) == (422, True)
+
+
+def test_halves_of_characters_are_no_fault_of_the_service(url: str) -> None:
+    for body in (b'{"study": "\\ud800"}', b'{"\\ud800": 1}', b'{"study": ', b"\xff"):
+        answer = client(url, token=READ).post(
+            "/api/v1/predict", content=body, headers={"Content-Type": "application/json"}
+        )
+        assert answer.status_code in {400, 422}, answer.text
+        assert isinstance(answer.json()["detail"], str)
 
 
 def test_one_prediction_at_a_time(url: str) -> None:

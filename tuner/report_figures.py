@@ -68,7 +68,7 @@ def _pairs(report: StudyReport) -> list[tuple[str, str]]:
     wanted += [(y, x) for x, y in combinations(report.objectives, 2)]
     known = {metric for trial in report.measured for metric in metrics_of(trial)}
     unique = {frozenset(pair): pair for pair in reversed(wanted) if set(pair) <= known}
-    return list(reversed(unique.values()))[:6]
+    return list(reversed(unique.values()))[:5]
 
 
 def _points_chart(report: StudyReport, cloud: Cloud, x: str, y: str) -> Chart:

@@ -73,6 +73,11 @@ async def test_every_width_and_scheme_is_drawn_accessible_and_fetches_nothing(tm
                 await browser.open(page.as_uri(), DRAWN)
                 assert await browser.run("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
                 assert not await violations(browser)
+                legends = (
+                    "[...document.querySelectorAll('.chart .legend, .symbols')].map(l => l.getBoundingClientRect())"
+                )
+                seen = await browser.run(f"{legends}.filter(box => box.width > 0).length")
+                assert seen == 1 if width == 390 else seen > 1, "one legend for a narrow page, one in each chart else"
                 grounds[dark] = await browser.run("getComputedStyle(document.body).backgroundColor")
                 name = f"{width}-{'dark' if dark else 'light'}.png"
                 assert (await browser.screenshot(tmp_path / name)).stat().st_size > 50_000

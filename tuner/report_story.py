@@ -205,7 +205,17 @@ def _default_note(report: StudyReport, recommended: TrialRecord | None, default:
     if default.number == recommended.number:
         return "The engine's default is itself the recommended configuration."
     missed = "" if default.feasible else " It misses an SLO."
-    return f"Default: trial {default.number}.{missed}"
+    return f"Default: trial {default.number}.{missed}{_failed_defaults(report)}"
+
+
+def _failed_defaults(report: StudyReport) -> str:
+    """Defaults of other modes or engines that did not hold: the one that is compared with may be none of those."""
+    failed = [
+        f"trial {trial.number} ({trial.candidate.config.mode}): {trial.failure.reason}"
+        for trial in report.candidates
+        if trial.origin is Origin.DEFAULT and trial.candidate and trial.failure is not None
+    ]
+    return f" Defaults that failed: {', '.join(failed)}." if failed else ""
 
 
 def _comparison(

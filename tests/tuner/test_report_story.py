@@ -53,6 +53,13 @@ def test_a_default_that_is_best_is_said_to_be() -> None:
     assert story.compared == ()
 
 
+def test_defaults_that_failed_are_named() -> None:
+    found = with_default(a_report().front[-1].number)
+    dead = replace(found.trials[-1], key="another", origin=Origin.DEFAULT)
+    note = story_of(replace(found, trials=(*found.trials[:-1], dead))).default_note
+    assert f"Defaults that failed: trial {dead.number} (aggregated): out_of_memory_at_boot." in note
+
+
 def test_a_study_that_meets_no_slo_recommends_nothing() -> None:
     found = a_report()
     trials = tuple(replace(t, violations={"ttft_p99_ms": 1.0}) for t in found.trials)

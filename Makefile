@@ -26,10 +26,11 @@ demo: $(VENV)/.installed
 	@echo "       $(BIN)/tuner dashboard                      the study in the browser"
 	@echo "       examples/quickstart.yaml                    the study file, explained: change it, or --set a key"
 
-# Tests that start engines or join the session's Ray cluster own the machine; the others share its cores.
+# Tests that start engines, join the session's Ray cluster or hold clocks against each other own the machine; the
+# others share its cores.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not long and not ray and not engine" -n $(WORKERS) $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m "not long and (ray or engine)" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not long and not ray and not engine and not timing" -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not long and (ray or engine or timing)" $(PYTEST_ARGS)
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)

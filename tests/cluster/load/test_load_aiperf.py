@@ -21,6 +21,8 @@ from search_spaces.measuring import MeasurementRule
 from search_spaces.workload import Arrival, Conversation, Length, Load, Workload
 from tests.support.timed_server import Behaviour, timed_server
 
+pytestmark = pytest.mark.timing
+
 WORKLOAD = Workload(isl=Length(mean=64, spread=0.25), osl=Length(mean=16))
 
 

@@ -16,6 +16,8 @@ from cluster.load.timings import ErrorClass
 from search_spaces.errors import InvalidValueError
 from tests.support.timed_server import Behaviour, Fault, timed_server
 
+pytestmark = pytest.mark.timing
+
 BODY = completion_body("m", [5, 6, 7], 8)
 QUICK = Behaviour(ttft_ms=5, itl_ms=2)
 

@@ -19,6 +19,8 @@ from search_spaces.outcome import Failure, FailureReason
 from search_spaces.workload import Arrival, Conversation, Length, Load, TraceFormat, Workload
 from tests.support.timed_server import Behaviour, Truth, timed_server
 
+pytestmark = pytest.mark.timing
+
 SHAPE = Conversation(
     turns=Length(mean=3, spread=0.4), new_isl=Length(mean=20, spread=0.5), osl=Length(mean=6), shared_prefix=0.4
 )

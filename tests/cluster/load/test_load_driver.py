@@ -22,6 +22,8 @@ from search_spaces.workload import Arrival, Length, Load, Workload
 from tests.support.load_timings import timing
 from tests.support.timed_server import Behaviour, Fault, TimedServer, Truth, timed_server
 
+pytestmark = pytest.mark.timing
+
 ON_TIME_ENOUGH_MS = 2000.0
 """For runs that are not about punctuality: a busy machine must not fail them."""
 

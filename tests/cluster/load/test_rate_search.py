@@ -26,6 +26,8 @@ from search_spaces.problem import Slo
 from search_spaces.workload import Arrival, Length, Load, RateSearch, Workload
 from tests.studies.toy import measure, small_space, toy_problem
 
+pytestmark = pytest.mark.timing
+
 SEARCH = RateSearch(lowest=0.05, highest=100.0, tolerance=0.1)
 
 

@@ -97,10 +97,13 @@ class Conversation:
     @property
     def inputs(self) -> tuple[float, float]:
         """Mean input tokens of a request, over all turns, and how many of them an earlier request held."""
-        turns, new, out = float(self.turns.mean), float(self.new_isl.mean), float(self.osl.mean)
-        all_turns = sum(k * new + (k - 1) * out for k in range(1, self.turns.mean + 1))
-        held = sum(k * new + (k - 1) * out for k in range(1, self.turns.mean)) + self.shared_prefix * new
-        return all_turns / turns, held / turns
+        turns = self.turns.mean
+        held = self._inputs_of_first(turns - 1) + self.shared_prefix * self.new_isl.mean
+        return self._inputs_of_first(turns) / turns, held / turns
+
+    def _inputs_of_first(self, turns: int) -> float:
+        """Input tokens of the first `turns` requests together: the k-th holds k new texts and k - 1 answers."""
+        return turns * (turns + 1) / 2 * self.new_isl.mean + turns * (turns - 1) / 2 * self.osl.mean
 
     def workload(self, arrival: Arrival) -> Workload:
         """The workload of such conversations: its input length is that of the requests as they are sent."""

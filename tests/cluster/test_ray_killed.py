@@ -20,7 +20,7 @@ from cluster.janitor import tagged_processes
 from cluster.ray_session import RayCluster
 from tests.support.processes import is_alive
 
-pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.long]
 
 ROOT = Path(__file__).parents[2]
 GONE_LIMIT_S = 10.0

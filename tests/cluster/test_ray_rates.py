@@ -30,6 +30,7 @@ RATED = replace(
 )
 
 
+@pytest.mark.long
 def test_the_highest_rate_of_an_engine_is_found_on_one_deployment(ray_cluster: RayCluster, tmp_path: Path) -> None:
     rule = MeasurementRule(requests=16, lateness_limit_ms=5000.0)
     config = aggregated(max_num_seqs=1)

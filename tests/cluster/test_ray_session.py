@@ -81,12 +81,14 @@ def test_a_pool_that_the_cluster_lacks_is_told_at_once(ray_cluster: RayCluster) 
         check_pools([replace(POOL, labels={"zone": "moon"})], ray_cluster.nodes())
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.slow
 def test_joining_takes_a_token_that_is_at_hand(ray_cluster: RayCluster) -> None:
     assert _join(ray_cluster.address, {}) == "joined 1 False"
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_refused_token_is_told_with_what_to_set(ray_cluster: RayCluster, tmp_path: Path) -> None:
@@ -115,6 +117,7 @@ ray_session._Probe = Dying
 """
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_probe_that_dies_with_its_node_is_sent_again(ray_cluster: RayCluster, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from search_spaces.serving import OptionValue, Pool, Role, ServingConfig, make_o
 from tests.support import vllm_standin
 from tests.support.ray_problem import POOL, request
 
-pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.long]
 
 STUDY = f"standin-tests-{os.getpid()}"
 SMALL: dict[str, OptionValue] = {"max_num_seqs": 8, "max_num_batched_tokens": 512, "cpu_kv_cache_gib": 1}

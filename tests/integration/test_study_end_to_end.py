@@ -138,6 +138,7 @@ def test_the_dashboard_shows_the_front_the_constraints_and_the_artefacts(resumed
                 assert get(f"{address}/artifacts/{summary['study_id']}/{seen['trial_id']}/{artifact}")
 
 
+@pytest.mark.long
 def test_ctrl_c_stops_cleanly_and_a_resume_goes_on(tmp_path_factory: pytest.TempPathFactory) -> None:
     study = CliStudy.create(tmp_path_factory.mktemp("interrupted"), TRIALS)
     with study.running() as driver:

@@ -56,6 +56,7 @@ def test_layers_profiles_and_fields_are_listed(tmp_path: Path) -> None:
     assert "model_family" in tuner("config", "fields").stdout
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.engine

@@ -70,6 +70,7 @@ def seeded(bench: Bench) -> list[str]:
     return [note for note in bench.observer.notes if note.startswith("seeds are taken from the fronts")]
 
 
+@pytest.mark.long
 def test_a_related_study_measures_the_front_of_the_last_one_early(bench: Bench) -> None:
     first = bench.run("budget.trials=10").report
     assert seeded(bench) == []
@@ -91,6 +92,7 @@ def test_a_related_study_measures_the_front_of_the_last_one_early(bench: Bench) 
     assert sum(t.origin is Origin.SEED for t in again.trials) == len(own), "a resume seeds nothing more"
 
 
+@pytest.mark.long
 def test_a_study_that_refuses_others_has_no_seeds_of_theirs(bench: Bench) -> None:
     bench.run("budget.trials=10")
     report = bench.run("name=second", "budget.trials=16", "earlier_studies=none").report

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.engines.base import LaunchCommand, RouterSpec
+from cluster.engines.flags import HelpRequest, check_flags
+from cluster.engines.installation import Installation
 from cluster.engines.log_signs import reason_in_log
 from search_spaces.outcome import FailureReason
 
@@ -60,3 +62,9 @@ def classify_by_log(exit_code: int | None, log_tail: str, *, ready: bool) -> Fai
     if exit_code in {SIGKILL, SHELL_KILLED}:
         return FailureReason.OUT_OF_MEMORY_UNDER_LOAD if ready else FailureReason.OUT_OF_MEMORY_AT_BOOT
     return FailureReason.INVALID_FLAGS if exit_code == USAGE_ERROR else FailureReason.ENGINE_CRASH
+
+
+def checked_version(engine: str, installation: Installation, command: LaunchCommand, request: HelpRequest) -> str:
+    """Version of the engine that `command` starts; raises `InvalidValueError` for flags that it does not know."""
+    program = installation.program(engine)
+    return check_flags(engine, program, command.argv[len(program) :], request, command.env)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from cluster.device_memory import DeviceMemory
-from search_spaces.errors import require
+from search_spaces.errors import InvalidValueError, require
 from search_spaces.model import ModelSpec
 from search_spaces.outcome import FailureReason
 from search_spaces.problem import Problem
@@ -99,6 +99,13 @@ class ReplicaSpec:
     part: ReplicaPart | None = None
     api_key: str | None = field(default=None, repr=False)
     node: str = ""
+
+    @property
+    def source(self) -> str:
+        """What the engine loads; raises `InvalidValueError` where the model was not prepared."""
+        if self.model.source is None:
+            raise InvalidValueError(f"model {self.model.name!r} has no source; call prepare() first")
+        return self.model.source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,12 +36,11 @@ class LlamaCppBackend:
 
     def replica_command(self, replica: ReplicaSpec) -> LaunchCommand:
         """A process with llama.cpp's server; raises `InvalidValueError` where the model was not prepared."""
-        if replica.model.source is None:
-            raise InvalidValueError(f"model {replica.model.name!r} has no source; call prepare() first")
+        source = replica.source
         _check_peer(replica)
         pool, model = replica.pool, replica.model
         spec = {
-            "model_path": model.source,
+            "model_path": source,
             "model_name": model.name,
             "host": replica.host,
             "port": replica.port,

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cluster.engines.apart import UCX_TLS, PairedRouter, classify_by_log, paired_router_command
+from cluster.engines.apart import UCX_TLS, PairedRouter, checked_version, classify_by_log, paired_router_command
 from cluster.engines.base import HttpCall, LaunchCommand, ReplicaSpec, RouterSpec
-from cluster.engines.flags import HelpRequest, check_flags
+from cluster.engines.flags import HelpRequest
 from cluster.engines.hf_model import has_weights, loadable_folder
 from cluster.engines.installation import Installation, Installations, installation_of, side_port
 from search_spaces.engines.sglang import DRAFTS_OF_THEIR_OWN, SGLANG
@@ -58,8 +58,6 @@ class SglangBackend:
 
     def replica_command(self, replica: ReplicaSpec) -> LaunchCommand:
         """`python -m sglang.launch_server` for one replica; raises `InvalidValueError` for what SGLang cannot do."""
-        if replica.model.source is None:
-            raise InvalidValueError(f"model {replica.model.name!r} has no source; call prepare() first")
         found = installation_of(self.installations, replica.pool)
         argv = (
             *found.program(self.name),
@@ -73,8 +71,8 @@ class SglangBackend:
 
     def check_command(self, command: LaunchCommand, pool: Pool) -> str:
         """Version of the SGLang that `command` starts; raises `InvalidValueError` for flags that it does not know."""
-        program = installation_of(self.installations, pool).program(self.name)
-        return f"SGLang {check_flags(self.name, program, command.argv[len(program) :], HELP, command.env)}"
+        found = installation_of(self.installations, pool)
+        return f"SGLang {checked_version(self.name, found, command, HELP)}"
 
     def router_command(self, router: RouterSpec) -> LaunchCommand:
         """Our router: load balancing where aggregated, meeting of the two replicas where disaggregated."""
@@ -113,10 +111,10 @@ def _option(pool: Pool, name: str) -> OptionValue:
 
 
 def _serving_flags(replica: ReplicaSpec) -> tuple[str, ...]:
-    dummy = () if has_weights(str(replica.model.source)) else ("--load-format", "dummy")
+    dummy = () if has_weights(replica.source) else ("--load-format", "dummy")
     return (
         "--model-path",
-        str(replica.model.source),
+        replica.source,
         "--served-model-name",
         replica.model.name,
         "--host",
@@ -194,7 +192,7 @@ def _hand_over_flags(replica: ReplicaSpec) -> tuple[str, ...]:
 
 def _env(replica: ReplicaSpec) -> dict[str, str]:
     env = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, replica.device_ids))} if replica.device_ids else {}
-    if Path(str(replica.model.source)).is_absolute():
+    if Path(replica.source).is_absolute():
         env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if replica.pool.role is Role.MIXED:
         return env

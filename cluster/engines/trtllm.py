@@ -11,9 +11,9 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.engines.apart import UCX_TLS, PairedRouter, classify_by_log, paired_router_command
+from cluster.engines.apart import UCX_TLS, PairedRouter, checked_version, classify_by_log, paired_router_command
 from cluster.engines.base import LaunchCommand, ReplicaSpec, RouterSpec
-from cluster.engines.flags import HelpRequest, check_flags
+from cluster.engines.flags import HelpRequest
 from cluster.engines.hf_model import has_weights, loadable_folder
 from cluster.engines.installation import Installation, Installations, installation_of
 from search_spaces.engines.trtllm import DRAFTS_OF_THEIR_OWN, TRTLLM
@@ -41,14 +41,13 @@ class TrtllmBackend:
 
     def replica_command(self, replica: ReplicaSpec) -> LaunchCommand:
         """`trtllm-serve` for one replica; raises `InvalidValueError` for what TensorRT-LLM cannot do."""
-        if replica.model.source is None:
-            raise InvalidValueError(f"model {replica.model.name!r} has no source; call prepare() first")
+        source = replica.source
         found = installation_of(self.installations, replica.pool)
         options = replica.work_dir / f"{replica.pool.role}-{replica.index}.options.yaml"
         argv = (
             *found.program(self.name),
             "serve",
-            replica.model.source,
+            source,
             *_flags(replica),
             "--extra_llm_api_options",
             str(options),
@@ -58,8 +57,8 @@ class TrtllmBackend:
 
     def check_command(self, command: LaunchCommand, pool: Pool) -> str:
         """Version that `command` starts; raises `InvalidValueError` for flags that it does not know."""
-        program = installation_of(self.installations, pool).program(self.name)
-        return f"TensorRT-LLM {check_flags(self.name, program, command.argv[len(program) :], HELP, command.env)}"
+        found = installation_of(self.installations, pool)
+        return f"TensorRT-LLM {checked_version(self.name, found, command, HELP)}"
 
     def router_command(self, router: RouterSpec) -> LaunchCommand:
         """Our router: load balancing where aggregated, hand-over of parameters where disaggregated."""
@@ -116,7 +115,7 @@ def _options_file(replica: ReplicaSpec, found: Installation) -> Tree:
         "attn_backend": _option(pool, "attention_backend"),
         "scheduler_config": {"capacity_scheduler_policy": _option(pool, "scheduling_policy")},
     }
-    if not has_weights(str(replica.model.source)):
+    if not has_weights(replica.source):
         tree["load_format"] = "dummy"
     if _option(pool, "moe_backend") != "auto":
         tree["moe_config"] = {"backend": _option(pool, "moe_backend")}
@@ -170,7 +169,7 @@ def _speculation(pool: Pool, found: Installation) -> Tree | None:
 
 def _env(replica: ReplicaSpec) -> dict[str, str]:
     env = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, replica.device_ids))} if replica.device_ids else {}
-    if Path(str(replica.model.source)).is_absolute():
+    if Path(replica.source).is_absolute():
         env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if replica.pool.role is Role.MIXED or _option(replica.pool, "kv_transport") == "auto":
         return env

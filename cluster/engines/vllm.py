@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.engines.apart import UCX_TLS, PairedRouter, classify_by_log, paired_router_command
+from cluster.engines.apart import UCX_TLS, PairedRouter, checked_version, classify_by_log, paired_router_command
 from cluster.engines.base import HttpCall, LaunchCommand, ReplicaSpec, RouterSpec
-from cluster.engines.flags import HelpRequest, check_flags
+from cluster.engines.flags import HelpRequest
 from cluster.engines.hf_model import has_weights, loadable_folder
 from cluster.engines.installation import Installation, Installations, installation_of, side_port
 from search_spaces.engines.vllm import DRAFTS_OF_THEIR_OWN, FILE_CONNECTOR, VLLM
@@ -66,13 +66,12 @@ class VllmBackend:
 
     def replica_command(self, replica: ReplicaSpec) -> LaunchCommand:
         """`vllm serve` for one replica; raises `InvalidValueError` for what vLLM cannot do."""
-        if replica.model.source is None:
-            raise InvalidValueError(f"model {replica.model.name!r} has no source; call prepare() first")
+        source = replica.source
         found = installation_of(self.installations, replica.pool)
         argv = (
             *found.program(self.name),
             "serve",
-            replica.model.source,
+            source,
             *_serving_flags(replica),
             *_parallel_flags(replica),
             *_option_flags(replica.pool, found),
@@ -84,8 +83,8 @@ class VllmBackend:
 
     def check_command(self, command: LaunchCommand, pool: Pool) -> str:
         """Version of the vLLM that `command` starts; raises `InvalidValueError` for flags that it does not know."""
-        program = installation_of(self.installations, pool).program(self.name)
-        return f"vLLM {check_flags(self.name, program, command.argv[len(program) :], HELP, command.env)}"
+        found = installation_of(self.installations, pool)
+        return f"vLLM {checked_version(self.name, found, command, HELP)}"
 
     def router_command(self, router: RouterSpec) -> LaunchCommand:
         """Our router: load balancing where aggregated, hand-over of KV caches where disaggregated."""
@@ -141,7 +140,7 @@ def _option(pool: Pool, name: str) -> OptionValue:
 
 def _serving_flags(replica: ReplicaSpec) -> tuple[str, ...]:
     """Who is served where. The access log is off: its lines would push an engine's last words out of its log's end."""
-    dummy = () if has_weights(str(replica.model.source)) else ("--load-format", "dummy")
+    dummy = () if has_weights(replica.source) else ("--load-format", "dummy")
     follows = replica.part is not None and not replica.part.leads
     address = () if follows else ("--host", replica.host, "--port", str(replica.port))
     return (
@@ -258,7 +257,7 @@ def _hand_over_flags(replica: ReplicaSpec, found: Installation) -> tuple[str, ..
 def _common_env(replica: ReplicaSpec) -> dict[str, str]:
     """Nothing goes out to others' servers for a local model, and `/reset_prefix_cache` is there."""
     env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": replica.host}
-    if Path(str(replica.model.source)).is_absolute():
+    if Path(replica.source).is_absolute():
         env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if replica.api_key is not None:
         env["VLLM_API_KEY"] = replica.api_key

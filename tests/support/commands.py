@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,3 +85,12 @@ def commands_in(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr(tuner.wiring, "connector", connector)
     (folder / "study.yaml").write_text(TEXT)
     return Invoke(monkeypatch, capsys)
+
+
+def stored_rows(database: Path = Path("tuner-data/studies.db")) -> list[str]:
+    """Every row of every table, as SQL.
+
+    A database's bytes say less: whoever closes a connection last moves what its log holds into the file.
+    """
+    with closing(sqlite3.connect(database)) as connection:
+        return list(connection.iterdump())

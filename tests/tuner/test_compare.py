@@ -16,7 +16,7 @@ from search_spaces.slos import Slo
 from studies.noise import quantile
 from studies.records import Origin, TrialRecord
 from tests.studies.toy import measure, toy_problem, wide_space
-from tests.support.commands import Invoke, commands_in
+from tests.support.commands import Invoke, commands_in, stored_rows
 from tests.support.reports import some_candidates, trial
 from tuner.comparison import Comparison, Spread, compare, exceeds_noise
 from tuner.report import StudyReport
@@ -152,7 +152,7 @@ def test_the_command_prints_and_writes_and_changes_nothing(invoke: Invoke) -> No
     assert invoke("study", "run", "study.yaml").code == 0
     second = ("name=tight", "earlier_studies=none", "space.modes=aggregated", "slos.ttft_p99_ms=70")
     assert invoke("study", "run", "study.yaml", *(w for text in second for w in ("--set", text))).code == 0
-    before = Path("tuner-data/studies.db").read_bytes()
+    before = stored_rows()
     done = invoke("study", "compare", "toy", "tight", "--json", "--html", "page.html")
     assert done.code == 0, done.err
     found = json.loads(done.out)
@@ -176,4 +176,4 @@ def test_the_command_prints_and_writes_and_changes_nothing(invoke: Invoke) -> No
     assert "share of the" in shown
     assert "nothing was repeated" in shown
     assert invoke("study", "compare", "toy", "nothing").code == 2
-    assert Path("tuner-data/studies.db").read_bytes() == before
+    assert stored_rows() == before

@@ -16,7 +16,7 @@ from search_spaces.serving import Mode, Role
 from search_spaces.slos import Slo
 from search_spaces.workload import Arrival, Load
 from tests.studies.toy import measure, toy_problem, wide_space
-from tests.support.commands import Invoke, commands_in
+from tests.support.commands import Invoke, commands_in, stored_rows
 from tests.support.reports import trial
 from tuner.whatif import beyond, chance, changed, interval_90, split
 
@@ -106,7 +106,7 @@ def width(answer: dict[str, Any]) -> float:
 
 def test_the_command_answers_without_measuring_or_writing(invoke: Invoke) -> None:
     assert invoke("study", "run", "study.yaml").code == 0
-    before = Path("tuner-data/studies.db").read_bytes()
+    before = stored_rows()
     same = asked(invoke)
     trial_number, [answer] = same["from"]["trial"], same["answers"]
     assert answer["measured_as_trial"] == trial_number
@@ -127,4 +127,4 @@ def test_the_command_answers_without_measuring_or_writing(invoke: Invoke) -> Non
     assert "ttft_p99_ms at most 60: met with probability" in shown
     unknown = invoke("whatif", "toy", "--set", "prefill.node_pool=there")
     assert (unknown.code, "node pool 'there' is unknown; choose local" in unknown.err) == (2, True)
-    assert Path("tuner-data/studies.db").read_bytes() == before
+    assert stored_rows() == before

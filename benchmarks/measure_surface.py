@@ -50,8 +50,6 @@ ROWS, FACTS = "measurements.jsonl", "facts.json"
 TRIES = 3
 """Runs of a measurement whose faults are not the configuration's (a late client, say) before it is given up."""
 POLL_S = 0.02
-NICENESS = "RAY_worker_niceness"
-"""Ray runs what it starts behind everything else on the machine, unless this variable says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +213,6 @@ def main() -> int:
     parser.add_argument("--note", default="", help="what else is true of the run, for the provenance")
     options = parser.parse_args()
     study = load_study_file(options.study)
-    os.environ.setdefault(NICENESS, "0")
     measure(study, options.work, options.passes, options.limit_s)
     frame = write_surface(study, options.work, options.out, options.note)
     failed = frame["failure"].notna().sum() if "failure" in frame else 0

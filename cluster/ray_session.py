@@ -35,6 +35,7 @@ PROBE_PAUSE_S = 1.0
 LOOK_LIMIT_S = 1.0
 _AUTH_MODE, _AUTH_TOKEN, _AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _JOIN_TRIES = "RAY_NUM_REDIS_GET_RETRIES"
+_NICENESS = "RAY_worker_niceness"
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -190,6 +191,7 @@ def _start(pools: Sequence[NodePool], trials_at_once: int) -> RayCluster:
     cores = len(usable_cores())
     oversubscribed = serving + CLIENT_CPUS > cores
     warnings = [_oversubscription(pool, serving, cores)] if oversubscribed else []
+    os.environ.setdefault(_NICENESS, "0")  # Ray's 15 lets measured engines yield to everything else on the machine
     context = _initialise(
         address="local",  # without it Ray joins whatever cluster was started last on this machine
         include_dashboard=False,

@@ -58,7 +58,7 @@ def chosen(tree: Mapping[str, object], overrides: Sequence[str]) -> tuple[dict[s
         raise LayerError(f"experiment {picked!r} is unknown; {f'did you mean {near[0]}? ' if near else ''}{known}")
     held = tree[EXPERIMENTS]
     own = held[picked] if isinstance(held, Mapping) else None
-    return _merged(common, own or {}, str(picked)), rest
+    return merged(common, own or {}, str(picked)), rest
 
 
 def _picks(override: str) -> bool:
@@ -69,7 +69,7 @@ def _picked(override: str) -> object:
     return yaml.safe_load(override.partition("=")[2])
 
 
-def _merged(common: Mapping[str, object], own: Mapping[str, object], name: str) -> dict[str, object]:
+def merged(common: Mapping[str, object], own: Mapping[str, object], name: str) -> dict[str, object]:
     """`own` over `common`, with the name of the experiment, and the steering keys of both."""
     steering = {key: _joined(common.get(key), own.get(key)) for key in LAYERING_KEYS}
     layers = [{k: v for k, v in tree.items() if k not in LAYERING_KEYS} for tree in (common, own)]
@@ -78,10 +78,10 @@ def _merged(common: Mapping[str, object], own: Mapping[str, object], name: str) 
     for key in _listed(own.get("unset")):
         node = compose(node, nested(dotted(key), Gone(by=name)))
     node = compose(node, tree_patch(layers[1], name, dict.fromkeys(CLOSED, Below.MEMBERS) | replaced))
-    merged = finished(node) if isinstance(node, Section) else {}
+    tree = finished(node) if isinstance(node, Section) else {}
     if "name" in common:
-        merged["name"] = f"{common['name']}.{name}"
-    return merged | {key: value for key, value in steering.items() if value}
+        tree["name"] = f"{common['name']}.{name}"
+    return tree | {key: value for key, value in steering.items() if value}
 
 
 def _joined(common: object, own: object) -> list[object]:

@@ -18,6 +18,7 @@ from studies.errors import StudyFileChangedError
 from studies.history import StudyHistory
 from studies.lease import Lease, LeaseTimes, take_lease, times_for
 from studies.pareto import front
+from studies.records import TrialStatus
 from studies.repeats import lacking_runs
 from studies.samplers import SamplerKind
 from studies.stopping import StopReason, progress_of
@@ -35,7 +36,7 @@ from tuner.report_dashboard import publish
 from tuner.stored import find_history, make_report
 from tuner.study_errors import StudyFileError
 from tuner.study_file import differences, dump_study, in_order_of, parse_study
-from tuner.study_schema import StudyFile
+from tuner.study_schema import BudgetSection, StudyFile
 from tuner.table_places import own_notes
 from tuner.wiring import make_budget, make_limits, make_predictor, make_problem, make_repeats, make_rule, make_space
 from tuner.wording import number, slo_text
@@ -48,6 +49,18 @@ Stop = AbstractContextManager[Callable[[], bool]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """A study, and how far this run of it goes: to the budget of its file where `portion` is None."""
+
+    file: StudyFile
+    portion: BudgetSection | None
+
+    def run_of(self, file: StudyFile) -> StudyFile:
+        """`file` with the budget of this run."""
+        return file if self.portion is None else file.model_copy(update={"budget": self.portion})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ended:
     """How a run ended: `reason` is None where it was stopped on request, by a signal or by `stop_order`."""
 
@@ -56,23 +69,33 @@ class Ended:
     report: StudyReport
 
 
-def run_study(file: StudyFile, place: Place, *, connect: Connect, stop: Stop, observer: Observer) -> Ended:
+def run_study(
+    file: StudyFile,
+    place: Place,
+    *,
+    connect: Connect,
+    stop: Stop,
+    observer: Observer,
+    portion: BudgetSection | None = None,
+) -> Ended:
     """Begin the study of `file`, or go on with it where the storage has it, and search until it ends.
+
+    Where a `portion` is given, this run ends with that budget, and the study keeps the one of its file.
 
     `stop` is entered for the time of the search, and says then whether someone asked to stop. Raises
     `StudyFileChangedError`, with the difference, where the study was made with another file.
     """
-    storage = open_storage(place.url)
+    storage, asked = open_storage(place.url), _Asked(file=file, portion=portion)
     with faults_told(storage), take_lease(storage, file.name, lease_times(), wait_s=lease_wait_s()) as lease:
         recording = Recording(observer=observer, note_line=lease.note)
         recording.note(f"run {lease.run} of study {file.name} by process {os.getpid()} on host {socket.gethostname()}")
-        ended = _run(file, place, storage, lease, connect=connect, stop=stop, observer=recording)
+        ended = _run(asked, place, storage, lease, connect=connect, stop=stop, observer=recording)
         recording.note(f"the search ended: {ended.reason or ended.stop_order or 'it was interrupted'}")
         return ended
 
 
 def _run(
-    file: StudyFile,
+    asked: _Asked,
     place: Place,
     storage: Storage,
     lease: Lease,
@@ -81,13 +104,15 @@ def _run(
     stop: Stop,
     observer: Observer,
 ) -> Ended:
+    file = asked.file
     history = find_history(storage, file.name)
     stored = history.study_file if history else dump_study(file)
     check_same_question(file, stored, observer)
     file = in_order_of(parse_study(stored, name=f"stored study file of {file.name}"), file)
+    run = asked.run_of(file)
     problem, space = check_space(file)
-    if history and _is_done(history, file):
-        observer.note(f"study {file.name} has used its budget of {file.budget.trials} trials; nothing to measure")
+    if history and _is_done(history, run):
+        observer.note(f"study {file.name} has used its budget of {run.budget.trials} trials; nothing to measure")
         return Ended(reason=StopReason.TRIALS, report=make_report(history, file))
     observer.note(f"{'going on with' if history else 'beginning'} study {file.name}: {_question(problem, space)}")
     with connect(problem, place) as cluster:
@@ -99,11 +124,12 @@ def _run(
         found = lessons(storage, place, file, problem) if file.earlier_studies == "related" else ()
         model = LearningModel(_taught(make_predictor(problem, file), found, observer))
         setup = _setup(file, place, stored, problem, devices, model, cluster.trials_at_once)
+        setup = replace(setup, repeats=make_repeats(run))
         if not (history and progress_of(history.trials()).finished):
             setup = _seeded(setup, found, observer)
         study = open_study(storage, setup, lease) if history else create_study(storage, setup, lease)
         study.note_earlier([str(lesson) for lesson in found])
-        reason = _search(study, file, place, model, cluster, stop, observer)
+        reason = _search(study, run, place, model, cluster, stop, observer)
         study.flush()
         order = f"stopped on the order of {lease.stop_order.by}" if lease.stop_order and reason is None else None
         report = make_report(study.history, file)
@@ -183,10 +209,11 @@ def check_space(file: StudyFile) -> tuple[Problem, Space]:
 
 
 def _is_done(history: StudyHistory, file: StudyFile) -> bool:
-    """True where the budget is used and the front is confirmed."""
+    """True where the budget is used, the front is confirmed, and no repeat waits."""
     trials = history.trials()
     lacking = lacking_runs(trials, front(trials, history.directions), make_repeats(file))
-    return progress_of(trials).finished >= file.budget.trials and not any(lacking.values())
+    waiting = any(trial.is_repeat and trial.status is TrialStatus.WAITING for trial in trials)
+    return progress_of(trials).finished >= file.budget.trials and not any(lacking.values()) and not waiting
 
 
 def _question(problem: Problem, space: Space) -> str:
@@ -244,7 +271,6 @@ def _setup(
         predict=model.predict,
         devices=devices,
         sampler=SamplerKind(file.sampler),
-        repeats=make_repeats(file),
     )
 
 

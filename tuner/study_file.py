@@ -55,15 +55,26 @@ def load_study_file(path: Path, overrides: Sequence[str] = ()) -> StudyFile:
 def load_layered(path: Path, overrides: Sequence[str] = ()) -> LayeredStudy:
     """Like `load_study_file`, with the layer that set each value."""
     parsed = _parse_yaml(_read(path), str(path))
-    directory = path.resolve().parent
+    return _layered(parsed, path.resolve().parent, overrides, name=str(path))
+
+
+def study_of_tree(tree: Tree, directory: Path, overrides: Sequence[str] = (), *, name: str) -> StudyFile:
+    """The checked study file of the raw `tree`, whose paths start in `directory`, over the layers that apply to it.
+
+    `name` stands in messages. Raises `StudyFileError`.
+    """
+    return _layered(_Text(tree=tree, lines={}), directory, overrides, name=name).study
+
+
+def _layered(parsed: _Text, directory: Path, overrides: Sequence[str], *, name: str) -> LayeredStudy:
     try:
         chosen_tree, rest = chosen(parsed.tree, overrides)
         tree = _overridden(chosen_tree, rest)
         resolved = resolve_tree(tree, directory, [_override_path(text) for text in rest])
     except LayerError as error:
-        raise _error(str(path), [str(error)]) from error
-    study = _checked(resolved.tree, parsed.lines, str(path), resolved.origins)
-    return LayeredStudy(study=_absolute_paths(study, directory, name=str(path)), resolved=resolved, lines=parsed.lines)
+        raise _error(name, [str(error)]) from error
+    study = _checked(resolved.tree, parsed.lines, name, resolved.origins)
+    return LayeredStudy(study=_absolute_paths(study, directory, name=name), resolved=resolved, lines=parsed.lines)
 
 
 def raw_tree(path: Path) -> Tree:

@@ -169,6 +169,10 @@ ObjectiveName = Annotated[str, AfterValidator(_known_objective)]
 Counts = Annotated[list[Count], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_unique)]
 Rates = Annotated[list[Positive], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_unique)]
 Choices = Annotated[list[OptionValue], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_unique)]
+Seconds = Annotated[Positive, BeforeValidator(_as_seconds)]
+Share = Annotated[float, Field(gt=0, lt=1), BeforeValidator(_as_share)]
+StudyName = Annotated[str, AfterValidator(_study_name)]
+StorageUrl = Annotated[str, AfterValidator(_storage_url)]
 ModeName = Literal["aggregated", "disaggregated"]
 FaultName = Annotated[str, AfterValidator(_known_fault)]
 
@@ -240,7 +244,7 @@ class TraceSection(Section):
     start: Annotated[float, Field(ge=0), BeforeValidator(_as_seconds)] = Field(
         default=0.0, description="where in the recording the replay begins", examples=["10m"]
     )
-    window: Annotated[Positive, BeforeValidator(_as_seconds)] | None = Field(
+    window: Seconds | None = Field(
         default=None, description="how much of the recording is replayed; none for all that follows", examples=["5m"]
     )
     longest: Count | None = Field(
@@ -545,7 +549,7 @@ class BudgetSection(Section):
     """
 
     trials: Count = Field(default=32, description="candidates that are measured", examples=[16])
-    wall_time: Annotated[Positive, BeforeValidator(_as_seconds)] | None = Field(
+    wall_time: Seconds | None = Field(
         default=None, description="duration, in seconds or such as 4m or 2h; none for no limit", examples=["4m"]
     )
     device_hours: Positive | None = Field(
@@ -556,7 +560,7 @@ class BudgetSection(Section):
     cost: Positive | None = Field(
         default=None, description="dollars that all trials may cost, at the prices of the node pools", examples=[200]
     )
-    min_gain: Annotated[float, Field(gt=0, lt=1), BeforeValidator(_as_share)] | None = Field(
+    min_gain: Share | None = Field(
         default=None,
         description="end when no proposal is expected to add this share to the hypervolume; none for no limit",
         examples=["0.5%"],
@@ -626,9 +630,7 @@ class EmulationSection(Section):
 class StudyFile(Section):
     """A whole study file."""
 
-    name: Annotated[str, AfterValidator(_study_name)] = Field(
-        description="name of the study in its storage", examples=["quickstart"]
-    )
+    name: StudyName = Field(description="name of the study in its storage", examples=["quickstart"])
     model: ModelSection = Field(
         default_factory=lambda: ModelSection(preset="tiny"),
         description="the model to serve",
@@ -675,7 +677,7 @@ class StudyFile(Section):
         description="corrections of the model for GPU engines: shipped, none, or the path of a prior's file",
         examples=["none"],
     )
-    storage: Annotated[str, AfterValidator(_storage_url)] = Field(
+    storage: StorageUrl = Field(
         default=DEFAULT_STORAGE, description="any Optuna storage URL", examples=[DEFAULT_STORAGE]
     )
     sampler: Literal["nsga2", "tpe", "gp", "random"] = Field(

@@ -21,7 +21,7 @@ from tuner.prediction import predict
 from tuner.remote import add_commands
 from tuner.report_cli import report_command
 from tuner.score_cli import rescore
-from tuner.serve import serve
+from tuner.serve.command import serve
 from tuner.whatif_cli import whatif
 
 if TYPE_CHECKING:

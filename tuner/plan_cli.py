@@ -79,7 +79,7 @@ def plan_command(  # noqa: PLR0913, PLR0917 - a parameter is an option of the co
 
     place = existing_place(storage)
     history = history_of(place, name)
-    file = _priced(with_slos(history, place, slos or []), pricing)
+    file = priced(with_slos(history, place, slos or []), pricing)
     wanted = Demand(rate=parse_rate(rate), users=users, devices=gpus, headroom=headroom)
     made = make_plan(name, file, history.trials(), wanted, pools or [], predicted)
     if as_json:
@@ -104,7 +104,7 @@ def parse_rate(text: str | None) -> float | None:
     return float(found[1]) / PLACES[found[2] or "s"]
 
 
-def _priced(file: StudyFile, pricing: str | None) -> StudyFile:
+def priced(file: StudyFile, pricing: str | None) -> StudyFile:
     """`file` with the prices of `pricing`; raises `InvalidValueError` for a pool that has no such price."""
     if pricing is None:
         return file

@@ -28,22 +28,30 @@ def serve(
             "the variables TUNER_READ_TOKEN and TUNER_WRITE_TOKEN by default.",
         ),
     ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            envvar="RAY_ADDRESS",
+            help="Ray cluster for the studies that are submitted; they run on this machine by default.",
+        ),
+    ] = None,
 ) -> None:
-    """Serve studies, fronts, status, logs, predictions and what-ifs over HTTP; described at /openapi.json."""
+    """Serve studies, fronts, reports, predictions and plans over HTTP, and run submitted studies; a page is at /."""
     try:
         import uvicorn
 
-        from tuner.serve_api import Service, make_app
+        from tuner.serve.app import make_app, make_service
     except ModuleNotFoundError as error:
         raise TunerError(f"{error.name} is not installed; use: pip install 'tuner[serve]'") from error
     from studies.storage import open_storage
     from tuner.places import existing_place
-    from tuner.serve_access import find_tokens, require_safe
+    from tuner.serve.access import find_tokens, require_safe
 
     found = find_tokens(tokens)
     require_safe(host, found)
     place = existing_place(storage)
-    service = Service(place=place, storage=open_storage(place.url), tokens=found)
+    service = make_service(place, open_storage(place.url), found, address)
     with _listening(host, port) as listener:
         shown = f"[{host}]" if ":" in host else host
         rights = "read and write by token" if found.any else "reading only, from this machine, without a token"

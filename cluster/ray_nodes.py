@@ -30,7 +30,8 @@ class WatchRule:
 
     An agent is asked every `beat_s` and must answer within `silence_s`, its first answer within `start_s`. It looks for
     processes without a lease every `scan_s`, and takes the coordinator for lost after `abandoned_s` without a word. A
-    node on which something was unhealthy is avoided for `distrust_s` where others can do its work.
+    node on which something was unhealthy is avoided for `distrust_s` where others can do its work, and those of
+    `avoided_hosts` always are.
     """
 
     beat_s: float = 2.0
@@ -39,6 +40,7 @@ class WatchRule:
     scan_s: float = 30.0
     abandoned_s: float = 300.0
     distrust_s: float = 300.0
+    avoided_hosts: frozenset[str] = frozenset()
 
 
 class NodeAgent:
@@ -118,7 +120,8 @@ class NodeWatch:
     def distrusted(self) -> frozenset[str]:
         """Ids of nodes that are better avoided for a while."""
         now_s = time.monotonic()
-        return frozenset(node_id for node_id, until_s in self._distrusted.items() if now_s < until_s)
+        avoided = {node.node_id for node in self._nodes if node.host in self._rule.avoided_hosts}
+        return frozenset(avoided.union(node_id for node_id, until_s in self._distrusted.items() if now_s < until_s))
 
     def is_lost(self, node_id: str) -> bool:
         """True where the node does not answer, or where its Ray is found to be gone now."""

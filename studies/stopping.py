@@ -75,13 +75,16 @@ class Progress:
         return len(last) == patience and all(gain < least for gain in last)
 
 
-def progress_of(trials: Sequence[TrialRecord]) -> Progress:
-    """Counts over all trials of a study."""
+def progress_of(trials: Sequence[TrialRecord], lease: str | None = None) -> Progress:
+    """Counts over all trials of a study; of those lost in a row, the ones measured under `lease` where it is given.
+
+    A run that follows one which ended for too many faults must not end for the same ones.
+    """
     in_a_row = 0
     for trial in trials:
         if trial.is_finished:
             in_a_row = 0
-        elif trial.status is TrialStatus.LOST and not _lost_its_coordinator(trial):
+        elif trial.status is TrialStatus.LOST and lease in (None, trial.lease) and not _lost_its_coordinator(trial):
             in_a_row += 1
     return Progress(
         finished=sum(trial.is_finished and not trial.is_repeat for trial in trials),

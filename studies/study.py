@@ -270,8 +270,8 @@ class Study:
         return pareto.hypervolume_history(self.trials(), self.directions, last=last)
 
     def progress(self) -> Progress:
-        """Counts of trials by state."""
-        return progress_of(self.trials())
+        """Counts of trials by state; of those lost in a row, the ones of this run."""
+        return progress_of(self.trials(), self.lease.id)
 
     def stability(self) -> Stability:
         """Noise and drift as far as repeats tell them, of the metrics of the question and the basic latencies."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from search_spaces.errors import TunerError
+from tuner.campaigns.cli import campaign_app
 from tuner.compare_cli import compare_command
 from tuner.config_cli import config_app, profiles_app
 from tuner.deploy.command import bench, confirm, deploy
@@ -45,6 +46,7 @@ study_app.command("compare")(compare_command)
 study_app.command("importance")(importance_command)
 study_app.command("report")(report_command)
 app.add_typer(study_app, name="study")
+app.add_typer(campaign_app, name="campaign")
 app.add_typer(perf_app, name="perf")
 app.add_typer(config_app, name="config")
 app.add_typer(profiles_app, name="profiles")

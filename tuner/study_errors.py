@@ -1,4 +1,4 @@
-"""The wording of what is wrong with a study file: key path, value, limit and remedy, every problem at once."""
+"""The wording of what is wrong with one of our YAML files: key path, value, limit and remedy, every problem at once."""
 
 from __future__ import annotations
 
@@ -42,15 +42,21 @@ class StudyFileError(TunerError):
     """A study file cannot be used; the text lists every problem found."""
 
 
-def describe(error: ValidationError, lines: Mapping[Path, int], origins: Mapping[Path, str] | None = None) -> list[str]:
-    """One text for each problem in `error`.
+def describe(
+    error: ValidationError,
+    lines: Mapping[Path, int],
+    origins: Mapping[Path, str] | None = None,
+    *,
+    schema: type[BaseModel] = StudyFile,
+) -> list[str]:
+    """One text for each problem in `error`, which checking a file against `schema` has raised.
 
     `lines` maps key paths to line numbers of the file, `origins` those of values to the layer that set them.
     """
     texts = []
     for detail in error.errors():
-        path, text = _problem(detail)
-        where = ".".join(path) or "the study file"
+        path, text = _problem(detail, schema)
+        where = ".".join(path) or "the file as a whole"
         texts.append(f"{where}{_place(path, lines, origins or {})}: {text}")
     return list(dict.fromkeys(texts))
 
@@ -72,7 +78,7 @@ def _line(path: Path, lines: Mapping[Path, int]) -> int | None:
     return None
 
 
-def _problem(detail: ErrorDetails) -> tuple[Path, str]:
+def _problem(detail: ErrorDetails, schema: type[BaseModel]) -> tuple[Path, str]:
     path = _clean(detail["loc"])
     cause = detail.get("ctx", {}).get("error")
     if isinstance(cause, KeyProblemError):
@@ -80,7 +86,7 @@ def _problem(detail: ErrorDetails) -> tuple[Path, str]:
     if cause is not None:
         return path, str(cause)
     word = _WORDINGS.get(detail["type"], _word_type)
-    return path, word(path, detail)
+    return path, word(path, detail, schema)
 
 
 def _clean(loc: tuple[int | str, ...]) -> Path:
@@ -95,39 +101,39 @@ def _clean(loc: tuple[int | str, ...]) -> Path:
 _UNION_TAGS = frozenset({"str", "int", "float", "bool", "list", "dict", "none"})
 
 
-def _word_extra(path: Path, _detail: ErrorDetails) -> str:
-    known = _keys_of(path[:-1])
+def _word_extra(path: Path, _detail: ErrorDetails, schema: type[BaseModel]) -> str:
+    known = _keys_of(path[:-1], schema)
     near = get_close_matches(path[-1], known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"unknown key; {hint}known keys here are {', '.join(known)}"
 
 
-def _word_missing(path: Path, _detail: ErrorDetails) -> str:
-    return f"missing; {_remedy(path)}"
+def _word_missing(path: Path, _detail: ErrorDetails, schema: type[BaseModel]) -> str:
+    return f"missing; {_remedy(path, schema)}"
 
 
-def _word_literal(_path: Path, detail: ErrorDetails) -> str:
+def _word_literal(_path: Path, detail: ErrorDetails, _schema: type[BaseModel]) -> str:
     expected = detail["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
     near = get_close_matches(str(detail["input"]), expected.split(", "), n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"{_shown(detail['input'])} is no choice; choose {expected}{hint}"
 
 
-def _word_limit(path: Path, detail: ErrorDetails) -> str:
+def _word_limit(path: Path, detail: ErrorDetails, schema: type[BaseModel]) -> str:
     limit = _LIMITS[detail["type"]].format(**detail.get("ctx", {}))
-    return f"{_shown(detail['input'])} {limit}; {_remedy(path)}"
+    return f"{_shown(detail['input'])} {limit}; {_remedy(path, schema)}"
 
 
-def _word_type(path: Path, detail: ErrorDetails) -> str:
+def _word_type(path: Path, detail: ErrorDetails, schema: type[BaseModel]) -> str:
     family = detail["type"].split("_")[0]
     wanted = _WANTED.get(family, detail["msg"].removeprefix("Input should be "))
     kind = {"NoneType": "empty", "str": "a text", "dict": "a mapping", "list": "a list"}.get(
         type(detail["input"]).__name__, f"of type {type(detail['input']).__name__}"
     )
-    return f"{_shown(detail['input'])} is {kind}, but must be {wanted}; {_remedy(path)}"
+    return f"{_shown(detail['input'])} is {kind}, but must be {wanted}; {_remedy(path, schema)}"
 
 
-_WORDINGS: dict[str, Callable[[Path, ErrorDetails], str]] = {
+_WORDINGS: dict[str, Callable[[Path, ErrorDetails, type[BaseModel]], str]] = {
     "extra_forbidden": _word_extra,
     "missing": _word_missing,
     "literal_error": _word_literal,
@@ -140,9 +146,9 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _remedy(path: Path) -> str:
+def _remedy(path: Path, schema: type[BaseModel]) -> str:
     """What to write at `path`, from the description and the example of its field."""
-    found = _field(path)
+    found = _field(path, schema)
     if found is None:
         return "correct it or leave it out"
     key, field = found
@@ -151,9 +157,9 @@ def _remedy(path: Path) -> str:
     return f"write such as {key}: {example}{meaning}"
 
 
-def _field(path: Path) -> tuple[str, FieldInfo] | None:
+def _field(path: Path, schema: type[BaseModel]) -> tuple[str, FieldInfo] | None:
     """Key and field that `path` leads to; list positions and keys of free mappings belong to the field above them."""
-    model: type[BaseModel] | None = StudyFile
+    model: type[BaseModel] | None = schema
     found: tuple[str, FieldInfo] | None = None
     for key in path:
         if model is not None and key in model.model_fields:
@@ -164,10 +170,10 @@ def _field(path: Path) -> tuple[str, FieldInfo] | None:
     return found
 
 
-def _keys_of(path: Path) -> list[str]:
+def _keys_of(path: Path, schema: type[BaseModel]) -> list[str]:
     if not path:
-        return [*StudyFile.model_fields, *LAYERING_KEYS, EXPERIMENTS]
-    found = _field(path)
+        return [*schema.model_fields, *((*LAYERING_KEYS, EXPERIMENTS) if schema is StudyFile else ())]
+    found = _field(path, schema)
     model = _model_in(found[1].annotation) if found else None
     return list(model.model_fields) if model else []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -309,8 +309,10 @@ def is_emulated(study: StudyFile) -> bool:
     return all(engine_spec(engine).emulated for engine in study.engines)
 
 
-def connector(address: str | None, study: StudyFile) -> Connect:
+def connector(address: str | None, study: StudyFile, avoid: Collection[str] = ()) -> Connect:
     """How to reach the nodes of `study`: a Ray cluster at `address`, or one that is started on this machine.
+
+    Hosts in `avoid` get no deployment where others have room for it.
 
     Raises `TunerError` for engines that cannot be launched, or that this machine is to run and that are not installed.
     """
@@ -322,7 +324,7 @@ def connector(address: str | None, study: StudyFile) -> Connect:
     @contextmanager
     def connect(problem: Problem, place: Place) -> Iterator[Cluster]:
         with _reach(address, study, problem, trials_at_once(study, problem, address)) as cluster:
-            yield RayAccess(cluster=cluster, place=place, study=study)
+            yield RayAccess(cluster=cluster, place=place, study=study, avoid=frozenset(avoid))
 
     return connect
 
@@ -379,6 +381,7 @@ class RayAccess:
     cluster: RayCluster
     place: Place
     study: StudyFile
+    avoid: frozenset[str] = frozenset()
 
     @property
     def trials_at_once(self) -> int:
@@ -394,11 +397,13 @@ class RayAccess:
 
     def runner(self, study: str) -> TrialRunner:
         """A runner whose working files lie beside the study."""
+        from cluster.ray_nodes import WatchRule
         from cluster.ray_runner import RayTrialRunner
 
         backends = make_backends(self.study, make_problem(self.study))
         work_dir = self.place.deployments(study)
-        return RayTrialRunner(study=study, backends=backends, cluster=self.cluster, work_dir=work_dir)
+        rule = WatchRule(avoided_hosts=self.avoid)
+        return RayTrialRunner(study=study, backends=backends, cluster=self.cluster, work_dir=work_dir, rule=rule)
 
 
 def make_backends(study: StudyFile, problem: Problem) -> dict[str, EngineBackend]:

@@ -68,7 +68,7 @@ class NoCluster:
         return MemoryRunner(polls=0)
 
 
-def connector(_address: str | None, _engines: object) -> Connect:
+def connector(_address: str | None, _engines: object, _avoid: object = ()) -> Connect:
     @contextmanager
     def connect(_problem: Problem, _place: Place) -> Iterator[NoCluster]:
         logging.getLogger("cluster.ray_session").warning("cores are %s", "shared")

@@ -1,0 +1,119 @@
+"""Campaigns by their commands, with a real storage, on trials that are measured in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from studies.campaign_store import campaign_study
+from studies.history import StudyHistory
+from studies.lease import take_lease
+from studies.storage import open_storage
+from tests.support.commands import Invoke, commands_in, stored_rows
+
+URL = "sqlite:///tuner-data/studies.db"
+CAMPAIGN = """
+name: many
+common:
+  workload: {isl: 64, osl: 16, concurrency: [1, 2, 4]}
+  objectives: [output_tokens_per_s, ttft_p50_ms]
+  node_pools: {local: {cpus_per_node: 4, price_per_hour: 1.0}}
+  engines: {llamacpp: {threads: [1, 2], max_num_seqs: [1, 4], batch_size: 512, ubatch_size: 512, flash_attention: true,
+    kv_cache_dtype: f16}}
+  space: {modes: [aggregated]}
+  budget: {trials: 4, confirm: 1, control_every: 0}
+matrix:
+  users:
+    few: {workload: {concurrency: [1, 2]}}
+    many: {workload: {concurrency: [2, 4]}}
+budget: {device_hours: 100}
+slices: {trials: 2}
+"""
+
+
+@pytest.fixture
+def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
+    (tmp_path / "campaign.yaml").write_text(CAMPAIGN)
+    return commands_in(tmp_path, monkeypatch, capsys)
+
+
+def status(invoke: Invoke, name: str = "many") -> Any:
+    done = invoke("campaign", "status", name, "--json")
+    assert done.code == 0, done.err
+    return json.loads(done.out)
+
+
+def measured_keys(*studies: str) -> list[str]:
+    storage = open_storage(URL)
+    trials = [trial for study in studies for trial in StudyHistory(storage, study).trials()]
+    return [f"{trial.key}" for trial in trials if trial.is_finished]
+
+
+def test_it_ends_by_itself_when_every_study_is_closed_and_says_so(invoke: Invoke) -> None:
+    done = invoke("campaign", "run", "campaign.yaml")
+    assert done.code == 0, done.err
+    assert "The campaign is over: nothing is left to gain: every study is closed." in done.err
+    found = status(invoke)
+    assert [study["study"] for study in found["studies"]] == ["many.few", "many.many"]
+    assert found["state"] == "over"
+    assert all(study["closed"] == "the budget of trials is used" for study in found["studies"])
+    assert [study["measured"] for study in found["studies"]] == [4, 4]
+    assert found["slices"] == 4, "two slices of two trials each"
+    assert found["spent"]["trials"] == 8
+    rows = stored_rows()
+    again = invoke("campaign", "run", "campaign.yaml")
+    assert again.code == 0
+    assert "over already" in again.err
+    assert [row for row in stored_rows() if "trial_values" in row] == [row for row in rows if "trial_values" in row]
+    assert "many: over, 2 studies, 2 closed" in invoke("campaign", "list").out
+    assert "many.few" in invoke("campaign", "status", "many").out
+
+
+def test_it_ends_at_its_budget_goes_on_with_a_raised_one_and_measures_nothing_twice(invoke: Invoke) -> None:
+    first = invoke("campaign", "run", "campaign.yaml", "--set", "budget={device_hours: 0.03}", "--json")
+    assert first.code == 0, first.err
+    told = json.loads(first.out)
+    assert told["over"] == "the budget is used"
+    assert 0 < told["spent"]["trials"] < 8
+    mean = told["spent"]["device_hours"] / told["spent"]["trials"]
+    assert abs(told["spent"]["device_hours"] - 0.03) <= mean, "within a trial of the budget"
+    more = invoke("campaign", "run", "campaign.yaml", "--json")
+    assert json.loads(more.out)["over"].startswith("nothing is left to gain")
+    keys = measured_keys("many.few", "many.many")
+    assert len(keys) == 8
+    assert len(set(keys[:4])) == len(set(keys[4:])) == 4
+
+
+def test_other_studies_under_its_name_are_refused_and_more_are_welcome(invoke: Invoke, tmp_path: Path) -> None:
+    invoke("campaign", "run", "campaign.yaml", "--set", "budget={device_hours: 0.001}")
+    file = tmp_path / "campaign.yaml"
+    file.write_text(CAMPAIGN.replace("osl: 16", "osl: 24"))
+    refused = invoke("campaign", "run", "campaign.yaml")
+    assert refused.code == 2
+    assert "many.few: workload.osl.mean: 16 -> 24" in refused.err
+    file.write_text(CAMPAIGN.replace("budget: {dev", "    one: {workload: {concurrency: 1}}\nbudget: {dev"))
+    assert invoke("campaign", "run", "campaign.yaml", "--set", "budget={device_hours: 0.002}").code == 0
+    assert [study["study"] for study in status(invoke)["studies"]][-1] == "many.one"
+
+
+def test_of_two_runners_one_is_refused(invoke: Invoke) -> None:
+    invoke("campaign", "run", "campaign.yaml", "--set", "budget={device_hours: 0.001}")
+    with take_lease(open_storage(URL), campaign_study("many")):
+        refused = invoke("campaign", "run", "campaign.yaml")
+        assert refused.code == 2
+        assert "campaign 'many' is run already: process" in refused.err
+        assert status(invoke)["runner"].startswith("process ")
+
+
+def test_a_campaign_that_is_paused_measures_nothing_until_it_is_resumed(invoke: Invoke) -> None:
+    invoke("campaign", "run", "campaign.yaml", "--set", "budget={device_hours: 0.001}")
+    assert invoke("campaign", "pause", "many").code == 0
+    assert status(invoke)["waits_for"].startswith("paused by ")
+    assert invoke("campaign", "stop", "many").code == 2, "nobody runs it"
+    assert "no campaign 'other'" in invoke("campaign", "pause", "other").err
+    done = invoke("campaign", "resume", "many", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["waits_for"] is None

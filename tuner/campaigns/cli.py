@@ -1,0 +1,261 @@
+"""`tuner campaign`: run campaigns, and look at them and order them about from any machine with their storage."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from search_spaces.errors import InvalidValueError, TunerError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from studies.storage import Storage
+    from tuner.campaigns.campaign import Campaign
+    from tuner.campaigns.look import View
+    from tuner.campaigns.status import CampaignStatus
+    from tuner.places import Place
+
+FOLLOW_S = 2.0
+
+StorageOption = Annotated[
+    str | None,
+    typer.Option("--storage", help="Storage URL; the campaign file's, TUNER_STORAGE or ./tuner-data by default."),
+]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", envvar="RAY_ADDRESS", help="Ray cluster to join; a local one is started by default."),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a rule of the campaign: --set budget.device_hours=8.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="Print one line per event instead of a live view.")]
+Name = Annotated[str, typer.Argument(help="Name of a campaign.")]
+
+campaign_app = typer.Typer(help="Run many studies on one budget, for weeks if need be.", no_args_is_help=True)
+
+
+@campaign_app.command("run")
+def run(
+    file: Annotated[Path, typer.Argument(help="A campaign file (YAML).")],
+    address: Address = None,
+    overrides: Overrides = None,
+    storage: StorageOption = None,
+    as_json: AsJson = False,
+    no_progress: NoProgress = False,
+) -> None:
+    """Run the campaign of FILE; one that was begun before goes on where it stopped."""
+    from tuner.campaigns.campaign import load_campaign
+    from tuner.places import find_place
+
+    campaign, named = load_campaign(file, overrides or [])
+    _run(campaign, find_place(storage or named), address=address, as_json=as_json, no_progress=no_progress)
+
+
+@campaign_app.command("resume")
+def resume(
+    name: Name,
+    address: Address = None,
+    storage: StorageOption = None,
+    as_json: AsJson = False,
+    no_progress: NoProgress = False,
+) -> None:
+    """Take a pause back; where nobody runs the campaign, go on with it here."""
+    from studies.campaign_store import campaign_study
+    from studies.lease import is_free, read_lease
+    from tuner.campaigns.open import existing
+
+    place, opened = _existing(storage)
+    record = existing(opened, name)
+    if record.pause() is not None:
+        record.order_pause(None)
+        print(f"The pause of campaign {name} is over.", file=sys.stderr)
+    if not is_free(read_lease(opened, campaign_study(name))):
+        print(f"Campaign {name} is run already; follow it with: tuner campaign status {name} --follow", file=sys.stderr)
+        return
+    _run(record.campaign(), place, address=address, as_json=as_json, no_progress=no_progress)
+
+
+@campaign_app.command("list")
+def list_campaigns(storage: StorageOption = None, as_json: AsJson = False) -> None:
+    """List the campaigns of a storage."""
+    from studies.campaign_store import campaign_names
+    from tuner.campaigns.status import spent_text, status_json
+
+    _, opened = _existing(storage)
+    found = [_status(opened, name) for name in campaign_names(opened)]
+    if as_json:
+        _print([status_json(status) for status in found])
+        return
+    for status in found:
+        closed = sum(not standing.is_open for standing in status.view.standings)
+        studies = f"{len(status.view.standings)} studies, {closed} closed"
+        print(f"{status.view.campaign.name}: {status.state}, {studies}, {spent_text(status.view)}")
+    if not found:
+        print("no campaigns")
+
+
+@campaign_app.command("status")
+def status(
+    name: Name,
+    storage: StorageOption = None,
+    as_json: AsJson = False,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until it is not run any more.")] = False,
+) -> None:
+    """Show how a campaign stands: its studies, pools, spending, best so far and failures."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from tuner.campaigns.status import State, status_json, status_view
+
+    if follow and as_json:
+        raise InvalidValueError("--follow draws for people, and --json was given too; choose one")
+    _, opened = _existing(storage)
+    found = _status(opened, name)
+    if as_json:
+        _print(status_json(found))
+        return
+    console = Console(markup=False, highlight=False)
+    if not follow:
+        console.print(status_view(found))
+        return
+    with Live(status_view(found), console=console, refresh_per_second=2) as live:
+        try:
+            while found.state in (State.RUNNING, State.WAITING, State.STOPPING, State.PAUSED):
+                time.sleep(FOLLOW_S)
+                found = _status(opened, name)
+                live.update(status_view(found))
+        except KeyboardInterrupt:
+            return
+
+
+@campaign_app.command("pause")
+def pause(name: Name, storage: StorageOption = None) -> None:
+    """Let a campaign measure nothing until it is resumed; what is being measured is given back."""
+    from tuner.campaigns.open import existing, whoami
+    from tuner.campaigns.record import Pause
+
+    _, opened = _existing(storage)
+    existing(opened, name).order_pause(Pause(at_s=time.time(), by=whoami()))
+    print(f"Campaign {name} is paused; go on with: tuner campaign resume {name}")
+
+
+@campaign_app.command("stop")
+def stop(
+    name: Name,
+    storage: StorageOption = None,
+    wait_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for the end; 0 not to wait.")] = 120.0,
+) -> None:
+    """Order the runner of a campaign to end, wherever it is; what was measured stays, and a resume goes on."""
+    from studies.campaign_store import campaign_study
+    from studies.errors import StudyNotFoundError
+    from studies.lease import is_free, order_stop, read_lease
+    from tuner.campaigns.open import existing
+
+    _, opened = _existing(storage)
+    existing(opened, name)
+    try:
+        record = order_stop(opened, campaign_study(name))
+    except StudyNotFoundError as error:
+        raise StudyNotFoundError(f"nobody runs campaign {name!r}; there is nothing to stop") from error
+    print(f"Ordered {record.holder} to stop campaign {name}.")
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline:
+        if is_free(read_lease(opened, campaign_study(name))):
+            print(f"Stopped. Go on with: tuner campaign resume {name}")
+            return
+        time.sleep(min(1.0, wait_s))
+    if wait_s:
+        raise TunerError(
+            f"{record.holder} has not stopped campaign {name!r} within {wait_s:g} s; "
+            f"look at it with: tuner campaign status {name}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _run(campaign: Campaign, place: Place, *, address: str | None, as_json: bool, no_progress: bool) -> None:
+    """Run `campaign`, show how it stands at the end, and exit with 130 or 143 where it was interrupted."""
+    from rich.console import Console
+
+    from studies.storage import faults_told, open_storage
+    from tuner.campaigns.open import campaign_lease
+    from tuner.campaigns.status import status_json, status_view
+    from tuner.campaigns.view import CampaignView
+    from tuner.log import warnings_to
+    from tuner.signals import StopRequest
+
+    stop = StopRequest()
+    console = Console(stderr=True, markup=False, highlight=False)
+    storage = open_storage(place.url)
+    try:
+        with faults_told(storage), campaign_lease(storage, campaign.name) as lease:
+            draw = _picture(storage) if console.is_terminal and not no_progress else None
+            with CampaignView(console, draw, lease.note) as view, warnings_to(view.note), stop:
+                from tuner.campaigns.start import run_campaign
+
+                over = run_campaign(
+                    campaign, place, storage, lease, address=address, stop_requested=stop, observer=view
+                )
+    except KeyboardInterrupt:
+        print("Interrupted. Nothing that was measured is lost; the same command goes on.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    found = _status(storage, campaign.name)
+    if as_json:
+        _print(status_json(found))
+    else:
+        Console(markup=False, highlight=False).print(status_view(found))
+    if over is None:
+        print(f"Stopped. Go on with: tuner campaign resume {campaign.name}", file=sys.stderr)
+        raise typer.Exit(128 + (stop.signal_number or signal.SIGTERM))
+    print(f"The campaign is over: {over}.", file=sys.stderr)
+
+
+class _picture:  # noqa: N801 - a function with a storage
+    """Draws a view."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def __call__(self, view: View) -> RenderableType:
+        from tuner.campaigns.status import status_view
+
+        return status_view(_status_of(self._storage, view))
+
+
+def _status(storage: Storage, name: str) -> CampaignStatus:
+    from tuner.campaigns.look import Looker, utc_now
+    from tuner.campaigns.open import existing
+
+    record = existing(storage, name)
+    view = Looker(storage=storage, campaign=record.campaign()).view(record.memory(), utc_now())
+    return _status_of(storage, view)
+
+
+def _status_of(storage: Storage, view: View) -> CampaignStatus:
+    from studies.campaign_store import campaign_study
+    from studies.lease import read_lease
+    from tuner.campaigns.status import CampaignStatus
+
+    seen = read_lease(storage, campaign_study(view.campaign.name))
+    return CampaignStatus(view=view, seen=seen, storage=storage.url)
+
+
+def _existing(storage: str | None) -> tuple[Place, Storage]:
+    from studies.storage import open_storage
+    from tuner.places import existing_place
+
+    place = existing_place(storage)
+    return place, open_storage(place.url)
+
+
+def _print(tree: object) -> None:
+    print(json.dumps(tree, indent=2, ensure_ascii=False))

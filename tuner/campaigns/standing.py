@@ -1,0 +1,158 @@
+"""How the studies of a campaign stand: what each has found, what it has cost, and what more of it is worth."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from zoneinfo import ZoneInfo
+
+from search_spaces.metrics import Direction
+from search_spaces.problem import Problem
+from studies.history import StudyHistory
+from studies.pareto import front, hypervolume_history
+from studies.records import TrialRecord, TrialStatus
+from studies.repeats import RepeatRule, lacking_runs
+from studies.spending import Spent, spent
+from studies.stopping import Progress, progress_of
+from tuner.campaigns.campaign import Cell
+from tuner.campaigns.record import CellRecord
+
+LAST = 4
+"""Trials that tell what the next one is worth."""
+COSTS_OF = 8
+"""Trials that tell what the next one costs."""
+FIRST_GROWTH = 1.0
+"""Expected growth by a trial of a study that holds nothing yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Device-hours and dollars of a trial."""
+
+    device_hours: float
+    dollars: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """A cell's study as it is stored.
+
+    `trials` are those of the current generation, `total` is what all generations have cost. `lacking` are the runs that
+    its front still wants. `growth` is the expected relative growth of its hypervolume by one more candidate, and `cost`
+    what that is expected to take; None before the first trial has ended.
+    """
+
+    cell: Cell
+    record: CellRecord
+    problem: Problem
+    directions: tuple[Direction, ...]
+    trials: tuple[TrialRecord, ...]
+    progress: Progress
+    spent: Spent
+    total: Spent
+    lacking: int
+    growth: float
+    cost: Cost | None
+
+    @property
+    def begun(self) -> bool:
+        """True where a trial of it has been finished."""
+        return self.progress.finished > 0
+
+    @property
+    def measured(self) -> int:
+        """Candidates that were measured."""
+        return sum(trial.status is TrialStatus.MEASURED and not trial.is_repeat for trial in self.trials)
+
+    @property
+    def is_open(self) -> bool:
+        """True where it may still get new candidates."""
+        return self.record.closed is None
+
+    @property
+    def front(self) -> tuple[TrialRecord, ...]:
+        """Its Pareto front."""
+        return front(self.trials, self.directions)
+
+
+def standing_of(
+    cell: Cell,
+    record: CellRecord,
+    problem: Problem,
+    history: StudyHistory | None,
+    earlier: Sequence[StudyHistory],
+) -> Standing:
+    """The standing of `cell`, whose study is `history`, None before it exists; `earlier` are its former generations."""
+    trials = history.trials() if history else ()
+    directions = tuple(objective.direction for objective in problem.objectives)
+    progress = progress_of(trials)
+    now = spent(trials, problem)
+    rule = RepeatRule(control_every=cell.study.budget.control_every, confirm=cell.study.budget.confirm)
+    lacking = lacking_runs(trials, front(trials, directions), rule)
+    return Standing(
+        cell=cell,
+        record=record,
+        problem=problem,
+        directions=directions,
+        trials=trials,
+        progress=progress,
+        spent=now,
+        total=summed([now, *(spent(each.trials(), problem) for each in earlier)]),
+        lacking=sum(lacking.values()),
+        growth=expected_growth(trials, directions, progress),
+        cost=expected_cost(trials, problem),
+    )
+
+
+def summed(parts: Sequence[Spent]) -> Spent:
+    """Several costs as one."""
+    return Spent(
+        device_hours=sum(part.device_hours for part in parts),
+        dollars=sum(part.dollars for part in parts),
+        trials=sum(part.trials for part in parts),
+    )
+
+
+def expected_growth(trials: Sequence[TrialRecord], directions: Sequence[Direction], progress: Progress) -> float:
+    """What the next candidate is expected to add, as a share of the hypervolume with it: from 0 to 1.
+
+    The mean of what the screen expected of the last `LAST` candidates and of what they brought. The one alone trusts
+    the model, the other alone luck: a study that has gained nothing for four trials may be done, or about to find more.
+    """
+    volumes = [point.hypervolume for point in hypervolume_history(trials, directions)]
+    if not volumes or volumes[-1] <= 0:
+        return FIRST_GROWTH
+    steps = min(LAST, len(volumes) - 1)
+    came = [max(0.0, (volumes[-1] - volumes[-1 - steps]) / volumes[-1] / steps)] if steps else []
+    said = (
+        [statistics.fmean(gain / (1.0 + gain) for gain in gains)] if (gains := progress.expected_gains[-LAST:]) else []
+    )
+    return statistics.fmean([*came, *said]) if came or said else FIRST_GROWTH
+
+
+def expected_cost(trials: Sequence[TrialRecord], problem: Problem) -> Cost | None:
+    """Mean cost of the last `COSTS_OF` trials that have an outcome; None before the first."""
+    ended = [trial for trial in trials if trial.outcome is not None and trial.candidate is not None]
+    if not ended:
+        return None
+    last = spent(ended[-COSTS_OF:], problem)
+    return Cost(device_hours=last.device_hours / last.trials, dollars=last.dollars / last.trials)
+
+
+def spent_on(trials: Sequence[TrialRecord], problem: Problem, day: datetime, zone: str) -> Spent:
+    """What the trials that ended on the date of `day`, in `zone`, have cost."""
+    there = ZoneInfo(zone)
+    date = day.astimezone(there).date()
+    today = [t for t in trials if t.ended_at is not None and t.ended_at.astimezone(there).date() == date]
+    return spent(today, problem)
+
+
+def failures(standings: Sequence[Standing]) -> Mapping[str, int]:
+    """Failures of all studies by class, the most frequent first."""
+    counts: dict[str, int] = {}
+    for trial in (trial for standing in standings for trial in standing.trials if trial.failure is not None):
+        if trial.failure is not None:
+            counts[trial.failure.reason.value] = counts.get(trial.failure.reason.value, 0) + 1
+    return dict(sorted(counts.items(), key=lambda pair: -pair[1]))

@@ -1,0 +1,63 @@
+"""Putting a runner of a campaign together: its slices, here or side by side on a cluster, and who listens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from studies.lease import Lease
+from studies.storage import Storage
+from tuner import wiring
+from tuner.access import Connect
+from tuner.campaigns.campaign import Campaign
+from tuner.campaigns.open import begin
+from tuner.campaigns.run import CampaignObserver, CampaignRun
+from tuner.campaigns.slices import SliceRunner, SlicesApart, SlicesHere
+from tuner.places import Place
+from tuner.study_schema import StudyFile
+
+MOST_AT_ONCE = 8
+"""Studies side by side where the file leaves their number open: each has a process of this machine."""
+
+
+def run_campaign(
+    campaign: Campaign,
+    place: Place,
+    storage: Storage,
+    lease: Lease,
+    *,
+    address: str | None,
+    stop_requested: Callable[[], bool],
+    observer: CampaignObserver,
+) -> str | None:
+    """Begin `campaign`, or go on with it, and return why it is over; None where it was stopped."""
+    record = begin(storage, campaign)
+    ended = record.memory().ended
+    if ended is not None:
+        observer.note(f"the campaign is over already: {ended.reason}; raise its budget to go on")
+        return ended.reason
+    run = CampaignRun(
+        campaign=record.campaign(),
+        record=record,
+        storage=storage,
+        lease=lease,
+        slices=_slices(campaign, place, address),
+        observer=observer,
+        stop_requested=stop_requested,
+    )
+    if isinstance(run.slices, SlicesHere):
+        run.slices.stop_requested = run.is_halted
+    return run.run()
+
+
+def _slices(campaign: Campaign, place: Place, address: str | None) -> SliceRunner:
+    """On this machine studies would disturb each other's timings: one at a time. A cluster gives each its nodes."""
+    if address is None:
+        return SlicesHere(connector=_connector, place=place, stop_requested=lambda: False)
+    wanted = campaign.rules.slices.side_by_side
+    at_once = min(MOST_AT_ONCE, len(campaign.cells)) if wanted == "auto" else wanted
+    folder = place.directory / "work" / f"campaign.{campaign.name}"
+    return SlicesApart(address=address, place=place, folder=folder, at_once=at_once)
+
+
+def _connector(study: StudyFile, avoid: tuple[str, ...]) -> Connect:
+    return wiring.connector(None, study, avoid)

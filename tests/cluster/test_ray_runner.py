@@ -310,6 +310,7 @@ def test_devices_that_another_program_keeps(make_runner: MakeRunner, tmp_path: P
     assert isinstance(holder.poll(held), Running)
 
 
+@pytest.mark.long
 def test_a_trial_waits_for_the_devices_of_the_runners_own_trials(make_runner: MakeRunner, tmp_path: Path) -> None:
     runner = make_runner()
     holder = runner.start(request("w0", aggregated(replicas=2), tmp_path, rule=ENDLESS))

@@ -106,7 +106,9 @@ def check_resumed(url: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "first"), [("sqlite", 1), ("journal", 7)])
+@pytest.mark.parametrize(
+    ("kind", "first"), [pytest.param("sqlite", 1, marks=pytest.mark.long), pytest.param("journal", 7)]
+)
 def test_a_kill_before_any_write_loses_repeats_and_strands_nothing(tmp_path: Path, kind: str, first: int) -> None:
     """Every `STRIDE`-th write of a study; `TUNER_TEST_EVERY_WRITE=1` takes them all (minutes)."""
     kills, killed = 0, True

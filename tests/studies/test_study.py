@@ -67,6 +67,7 @@ def test_several_trials_in_flight_are_all_different(tmp_path: Path, storage: Sto
     assert {Origin.SCREENED, Origin.UNSCREENED} <= {trial.origin for trial in study.trials()}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_screen_finds_more_hypervolume_than_nsga2_alone(tmp_path: Path) -> None:
     """With a model that is wrong by 30%, 20 trials each: its worst of 3 seeds beats the best without it."""
@@ -83,6 +84,7 @@ def test_the_screen_finds_more_hypervolume_than_nsga2_alone(tmp_path: Path) -> N
     assert min(found(seed, biased_model(1.3)) for seed in range(3)) > max(found(seed, None) for seed in range(3))
 
 
+@pytest.mark.long
 def test_thinking_ahead_changes_no_answer_and_leaves_little_to_predict(tmp_path: Path) -> None:
     """In the first generation and beyond, with a trial that is told between the thought and the ask."""
     plain, predicted = _proposed(tmp_path / "plain", thinks=False)
@@ -116,6 +118,7 @@ def _proposed(folder: Path, *, thinks: bool) -> tuple[list[str | None], float]:
         return [trial.key for trial in study.trials()], statistics.median(left)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_trial_costs_little_beside_its_measurement(tmp_path: Path) -> None:
     """CPU seconds of ask, screen and tell on SQLite: about 0.1 s, and no more with 60 trials than with 30."""

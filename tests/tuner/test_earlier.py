@@ -48,6 +48,7 @@ def test_a_related_study_begins_with_what_the_last_one_learnt_and_says_so(bench:
     assert first_miss(bench, "second") < 0.5 * first_miss(bench, "toy")
 
 
+@pytest.mark.long
 def test_a_study_may_refuse_to_learn_from_others(bench: Bench) -> None:
     bench.run()
     bench.run("name=second", "earlier_studies=none")
@@ -55,6 +56,7 @@ def test_a_study_may_refuse_to_learn_from_others(bench: Bench) -> None:
     assert first_miss(bench, "second") == pytest.approx(first_miss(bench, "toy"))
 
 
+@pytest.mark.long
 def test_a_resume_learns_from_no_study_that_began_later(bench: Bench) -> None:
     bench.run()
     bench.run("name=second")

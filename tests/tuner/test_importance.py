@@ -26,6 +26,7 @@ def test_the_share_of_the_variance_by_hand() -> None:
     assert share_of_variance("c", settings, every) is None
 
 
+@pytest.mark.long
 def test_the_command_tells_both_and_their_weakness(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -78,7 +78,9 @@ def test_a_confirmed_study_has_nothing_to_measure_until_more_is_asked(bench: Ben
     assert all(trial.origin is Origin.CONFIRM for trial in again.trials[len(first.trials) :])
 
 
-@pytest.mark.parametrize("stopped_at", [3, 9, 12, 14])
+@pytest.mark.parametrize(
+    "stopped_at", [3, 12, pytest.param(9, marks=pytest.mark.long), pytest.param(14, marks=pytest.mark.long)]
+)
 def test_a_stopped_study_is_confirmed_by_its_resume(bench: Bench, stopped_at: int) -> None:
     bench.cluster.make_runner = lambda: MemoryRunner(outcome_of=noisy)
     stopped = bench.run(*OVERRIDES, stop=lambda: len(bench.observer.ended_trials) >= stopped_at)

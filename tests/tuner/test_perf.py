@@ -249,6 +249,7 @@ def test_tables_may_be_named_by_their_parent(tmp_path: Path) -> None:
     assert table_roots(tmp_path / "wheel") == ((tmp_path / "wheel" / "systems").resolve(),)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(default_root() is None, reason="the extra silicon is not installed")
 @pytest.mark.skipif(not MEASURED.is_file(), reason="the file of measured runs is not here")

@@ -63,8 +63,11 @@ def measured_configurations(trials: Sequence[TrialRecord]) -> tuple[Measured, ..
 def ranked(trials: Sequence[TrialRecord], objectives: Sequence[str], slos: Sequence[Slo]) -> tuple[Scored, ...]:
     """The measured configurations of `trials` by score, best first; ties by the number of the trial.
 
-    Configurations without a finite value of an objective or an SLO's metric are left out.
+    Configurations without a finite value of an objective or an SLO's metric are left out. Raises `InvalidValueError`
+    for an objective that is no metric.
     """
+    for name in objectives:
+        metric_info(name)
     needed = (*objectives, *(slo.metric for slo in slos))
     found = [
         each

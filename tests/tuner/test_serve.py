@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,44 +19,26 @@ from starlette.testclient import TestClient
 from search_spaces.errors import InvalidValueError
 from studies.lease import take_lease
 from studies.storage import open_storage
-from tests.support.commands import TEXT, commands_in
-from tuner.places import existing_place
+from tests.support.commands import TEXT
+from tests.support.served import READ, TOKENS, WRITE, service, toy_storage
+from tests.support.served import client as asking
+from tuner.serve import answers
 from tuner.serve.access import BODY_LIMIT_BYTES, Right, Tokens, find_tokens, require_safe
-from tuner.serve.app import make_app, make_service
-from tuner.serve.context import Service
 
 OPEN = {"/", "/health"}
-READ, WRITE = "r" * 32, "w" * 32
-TOKENS = Tokens(read=READ, write=WRITE)
 ASKED = "name: asked\nobjectives: [output_tokens_per_s, ttft_p50_ms]\n" + TEXT.split("\n", 2)[2].replace(
     "objectives: [output_tokens_per_s, ttft_p50_ms]\n", ""
 )
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A storage with the study `toy`, run by the real command on trials measured in memory."""
-    folder = tmp_path_factory.mktemp("served")
-    with pytest.MonkeyPatch.context() as patch:
-        invoke = commands_in(folder, patch, _Silent())  # type: ignore[arg-type]  # a capture by its behaviour
-        assert invoke("study", "run", "study.yaml", "--no-progress").code == 0
-        yield f"sqlite:///{folder / 'tuner-data' / 'studies.db'}"
-
-
-class _Silent:
-    def readouterr(self) -> tuple[str, str]:
-        return "", ""
-
-
-def service(url: str, tokens: Tokens) -> Service:
-    place = existing_place(url)
-    return make_service(place, open_storage(place.url), tokens)
+    return toy_storage(tmp_path_factory.mktemp("served"))
 
 
 def client(url: str, tokens: Tokens = TOKENS, token: str | None = None) -> TestClient:
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    app = make_app(service(url, tokens))
-    return TestClient(app, base_url="http://127.0.0.1", headers=headers, raise_server_exceptions=False)
+    return asking(service(url, tokens), token)
 
 
 def test_studies_and_fronts_are_those_of_the_commands(url: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,8 +132,8 @@ def test_halves_of_characters_are_no_fault_of_the_service(url: str) -> None:
 
 
 def test_one_prediction_at_a_time(url: str) -> None:
-    held = service(url, TOKENS)
-    asked = TestClient(make_app(held), base_url="http://127.0.0.1", headers={"Authorization": f"Bearer {READ}"})
+    held = service(url)
+    asked = asking(held, READ)
     with held.computing:
         assert asked.post("/api/v1/predict", json={"study": ASKED}).status_code == 429
     assert asked.post("/api/v1/predict", json={"study": ASKED, "top": 0}).status_code == 200
@@ -168,6 +149,85 @@ def test_everything_but_health_asks_for_a_token(url: str) -> None:
                 answer = asked.request(method, path.replace("{name}", "toy"), json={} if method == "post" else None)
                 assert answer.status_code == (200 if path in OPEN else 401), (method, path)
                 assert path in OPEN or told["security"] == [{"HTTPBearer": []}]
+
+
+def test_answers_are_what_the_description_says(url: str) -> None:
+    asked = client(url, token=READ)
+    base = "/api/v1/studies/toy"
+    posts: dict[str, dict[str, object]] = {
+        f"{base}/plan": {"rate": 5, "headroom": 0.1, "predicted": 8, "pools": ["local=3"]},
+        f"{base}/rescore": {"slos": ["ttft_p99_ms=40"], "by": ["output_tokens_per_s"]},
+        f"{base}/whatif": {"settings": ["load=2"]},
+        "/api/v1/predict": {"study": ASKED, "top": 1},
+    }
+    gets = ("", "/front", "/status", "/events", "/report.json", "/importance")
+    document = asked.get("/openapi.json").json()
+    asked_for = [("get", f"{base}{path}", None) for path in gets] + [
+        ("post", path, body) for path, body in posts.items()
+    ]
+    for method, path, body in [("get", "/api/v1/studies", None), ("get", "/health", None), *asked_for]:
+        answer = asked.request(method, path, json=body)
+        assert answer.status_code == 200, answer.text
+        told = document["paths"][path.replace("toy", "{name}")][method]["responses"]["200"]["content"]
+        schema = told["application/json"]["schema"]
+        name = (schema.get("items") or schema)["$ref"].rpartition("/")[2]
+        model: type[answers.Answer] = getattr(answers, name)
+        for found in answer.json() if "items" in schema else [answer.json()]:
+            model.model_validate(found, strict=True)
+
+
+def test_plans_and_ranks_are_those_of_the_commands(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from tuner.cli import app as commands
+
+    def printed(*args: str) -> object:
+        commands([*args, "--storage", url, "--json"], standalone_mode=False)
+        return json.loads(capsys.readouterr().out)
+
+    asked = client(url, token=READ)
+    plan = asked.post("/api/v1/studies/toy/plan", json={"rate": 5}).json()
+    assert plan == printed("plan", "toy", "--rate", "5/s")
+    assert plan["met"]
+    ranks = asked.post("/api/v1/studies/toy/rescore", json={"slos": ["ttft_p99_ms=40"]}).json()
+    assert ranks == printed("study", "rescore", "toy", "--slo", "ttft_p99_ms=40")
+    for path, body, part in (
+        ("plan", {}, "nothing is demanded"),
+        ("plan", {"rate": 5, "pools": ["moon"]}, "no node pool"),
+        ("plan", {"rate": 1e300}, "body.rate"),
+        ("plan", {"rate": 5, "slos": ["ttft_p99_ms=&a [*a]"]}, "aliases"),
+        ("plan", {"rate": 5, "pricing": "spot"}, "no spot_price_per_hour"),
+        ("rescore", {"slos": ["nothing"]}, "is no SLO"),
+        ("rescore", {"slos": ["ttft_p99_ms={kind: odd}"]}, "ttft_p99_ms"),
+        ("rescore", {"by": ["beauty"]}, "beauty"),
+    ):
+        answer = asked.post(f"/api/v1/studies/toy/{path}", json=body)
+        assert (answer.status_code, part in answer.json()["detail"]) == (422, True), answer.text
+
+
+def test_reports_are_sandboxed_files(url: str) -> None:
+    asked = client(url, token=READ)
+    page = asked.get("/api/v1/studies/toy/report")
+    assert page.headers["content-security-policy"].startswith("sandbox allow-scripts")
+    assert "<title>" in page.text
+    assert "plotly" in page.text
+    text = asked.get("/api/v1/studies/toy/report.md")
+    assert (text.headers["content-type"].split(";")[0], text.text[0]) == ("text/markdown", "#")
+    assert asked.get("/api/v1/studies").headers["content-security-policy"].startswith("default-src 'none'")
+
+
+def test_trials_are_streamed_and_so_many_at_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = client(url, token=READ)
+    streamed = asked.get("/api/v1/studies/toy/trials/stream")
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    parts = [part.split("\n") for part in streamed.text.strip().split("\n\n")]
+    kinds = {"trial": answers.Progress, "front": answers.Points}
+    for kind, data in parts:
+        model = kinds.get(kind.removeprefix("event: "))
+        if model is not None:
+            model.model_validate(json.loads(data.removeprefix("data: ")), strict=True)
+    assert [kind for kind, _ in parts[-3:]] == ["event: front", "event: status", "event: end"]
+    monkeypatch.setattr("tuner.serve.studies.streams.most", 0)
+    for path in ("trials", "events"):
+        assert asked.get(f"/api/v1/studies/toy/{path}/stream").status_code == 429
 
 
 def test_a_stop_takes_the_write_token(url: str) -> None:

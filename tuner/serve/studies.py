@@ -28,7 +28,7 @@ _REPORT_POLICY = (
 """A report is a file with its scripts inside. Sandboxed, it belongs to no origin, and can ask this service nothing."""
 
 router = APIRouter(prefix="/api/v1", tags=["studies"], dependencies=[Depends(reader)], responses=GUARDED)
-_streams = Streams()
+streams = Streams()
 After = Annotated[int, Query(ge=0, le=2**31, description="Only lines behind this number.")]
 _STREAM: Responses = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
@@ -122,10 +122,10 @@ def trials(request: Request, service: TheService, name: Name) -> StreamingRespon
 
 
 def _followed(events: AsyncIterator[str]) -> StreamingResponse:
-    _streams.require_room()
+    streams.require_room()
 
     async def counted() -> AsyncIterator[str]:
-        with _streams.one_more():
+        with streams.one_more():
             async for event in events:
                 yield event
 

@@ -45,7 +45,7 @@ def test_a_device_that_does_not_says_who_holds_what() -> None:
     free = DeviceMemory(device=4, total_bytes=80 * GIB, used_bytes=0.0)
     began = time.monotonic()
     assert wait_until_free(lambda: [taken, free], 0.3) == "device 3 has 40.0 of 80.0 GiB in use by process 17"
-    assert 0.3 <= time.monotonic() - began < 5.0
+    assert 0.3 <= time.monotonic() - began < 30.0
     assert wait_until_free(lambda: [taken], 60.0, lambda: True) is None, "who gives up does not wait"
 
 

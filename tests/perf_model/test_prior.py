@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import pytest
@@ -251,14 +250,6 @@ def test_arrays_give_what_single_loads_give() -> None:
     users = [2.0, 16.0, 100.0]
     together = prior.apply(who, occasions(users)).ttft_factor
     assert together == pytest.approx([float(prior.apply(who, occasions([u])).ttft_factor[0]) for u in users])
-
-
-def test_a_million_loads_take_seconds() -> None:
-    prior, who = Prior.load(), shipped_subject()
-    at = occasions(np.linspace(1, 512, 1_000_000))
-    started = perf_counter()
-    prior.apply(who, at)
-    assert perf_counter() - started < 2.0
 
 
 def test_words_tell_models_and_formats_apart() -> None:

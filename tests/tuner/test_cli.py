@@ -7,7 +7,6 @@ import io
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -190,11 +189,9 @@ def test_the_help_needs_no_heavy_module() -> None:
         "heavy = {'ray', 'optuna', 'plotly', 'pandas', 'numpy', 'pydantic', 'sqlalchemy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "dashboard" in done.stdout
-    assert time.monotonic() - began < 5
 
 
 def test_an_error_reaches_the_shell_as_one_message() -> None:

@@ -26,13 +26,15 @@ whatever the order, which bounds the rate: first >= N / ranks * that - (time els
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from perf_model.batch import step_batch
 from perf_model.latency import Latency
-from perf_model.numeric import FloatArray
+from perf_model.numeric import FloatArray, IntArray
 from perf_model.phases import StepTimes, chunks, decode_step_ms, prefill
 from perf_model.serving import ServingEstimate, stage
 
@@ -85,9 +87,15 @@ class PairLoad:
         """Time of all calls before the first token: client, prompt, save, restore, completion."""
         return np.asarray(5.0 * self.hop_ms * self.through_engines)
 
+    def take(self, rows: IntArray) -> PairLoad:
+        """The given rows; what is one number for all of them stays so."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        arrays = {name: value[rows] for name, value in fields.items() if isinstance(value, np.ndarray)}
+        return PairLoad(**{**fields, **arrays})
+
 
 @dataclass(frozen=True, kw_only=True)
-class _Prompts:
+class Prompts:
     """A prefill step: `shared_ms` whatever its prompts, `each_ms` for each of them; `most` prompts go into one.
 
     A long prompt takes several steps (`pieces`), and `alone_ms` in all.
@@ -103,32 +111,53 @@ class _Prompts:
         """Time of a step with that many prompts (of all pieces of a long one)."""
         return self.shared_ms + self.each_ms * prompts
 
+    @staticmethod
+    def joined(parts: Sequence[Prompts], rows: IntArray) -> Prompts:
+        """The prompts of all `parts`, of which `rows` (n,) are wanted, counted through them."""
+        names = Prompts.__dataclass_fields__
+        return Prompts(**{name: np.concatenate([getattr(part, name) for part in parts])[rows] for name in names})
 
-@dataclass(frozen=True)
-class _DecodeSteps:
-    """Times of decode steps of each configuration, on a grid of sequences; linear between."""
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeSteps:
+    """Times of decode steps of each configuration, on a grid of sequences of its own (a column); linear between."""
 
     grid: FloatArray
-    times_ms: FloatArray  # sequences x configurations
+    times_ms: FloatArray  # both (sequences, configurations)
 
     def __call__(self, seqs: FloatArray) -> FloatArray:
         """Milliseconds of a step with `seqs` sequences, one number for each configuration."""
-        at = np.clip(seqs, self.grid[0], self.grid[-1])
-        below = np.clip(np.searchsorted(self.grid, at, side="right") - 1, 0, max(len(self.grid) - 2, 0))
-        above, columns = np.minimum(below + 1, len(self.grid) - 1), np.arange(len(at))
-        share = (at - self.grid[below]) / np.maximum(self.grid[above] - self.grid[below], 1e-9)
-        low, high = self.times_ms[below, columns], self.times_ms[above, columns]
-        return np.asarray(low + share * (high - low))
+        last, columns = len(self.grid) - 1, np.arange(len(seqs))
+        at = np.clip(seqs, self.grid[0], self.grid[last])
+        below = np.clip((self.grid <= at).sum(0) - 1, 0, max(last - 1, 0))
+        above = np.minimum(below + 1, last)
+        least, low = self.grid[below, columns], self.times_ms[below, columns]
+        share = (at - least) / np.maximum(self.grid[above, columns] - least, 1e-9)
+        return np.asarray(low + share * (self.times_ms[above, columns] - low))
+
+    @staticmethod
+    def joined(parts: Sequence[DecodeSteps], rows: IntArray) -> DecodeSteps:
+        """As `Prompts.joined`; the last point of the shorter grids is repeated."""
+        most = max(len(part.grid) for part in parts)
+        both = ([np.pad(a, ((0, most - len(a)), (0, 0)), mode="edge") for a in (p.grid, p.times_ms)] for p in parts)
+        grids, times = zip(*both, strict=True)
+        return DecodeSteps(grid=np.concatenate(grids, axis=1)[:, rows], times_ms=np.concatenate(times, axis=1)[:, rows])
 
 
-def _decode_steps(steps: StepTimes, load: PairLoad) -> _DecodeSteps:
+def decode_steps_of(steps: StepTimes, load: PairLoad) -> DecodeSteps:
     """Steps of up to as many sequences as a rank may have, at the mean context."""
-    most = float(np.max(np.maximum(load.decode_slots, 1.0)))
-    grid = np.unique(np.round(np.geomspace(1.0, most, 2 + 4 * math.ceil(math.log2(most + 1.0)))))
-    context = np.broadcast_to(load.isl + load.osl / 2.0, (len(grid), len(load.isl)))
-    seqs = np.broadcast_to(grid[:, None], context.shape)
-    times = decode_step_ms(steps, seqs.ravel(), context.ravel()).reshape(context.shape)
-    return _DecodeSteps(grid, times)
+    grids = [_sequences(most) for most in np.maximum(load.decode_slots, 1.0).tolist()]
+    longest = max(map(len, grids))
+    seqs = np.stack([np.pad(grid, (0, longest - len(grid)), mode="edge") for grid in grids], axis=1)
+    context = np.broadcast_to(load.isl + load.osl / 2.0, seqs.shape)
+    times = decode_step_ms(steps, seqs.ravel(), context.ravel()).reshape(seqs.shape)
+    return DecodeSteps(grid=seqs, times_ms=times)
+
+
+@lru_cache(maxsize=1024)
+def _sequences(most: float) -> FloatArray:
+    """Numbers of sequences from 1 to `most`, some four for each doubling."""
+    return np.unique(np.round(np.geomspace(1.0, most, 2 + 4 * math.ceil(math.log2(most + 1.0)))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +183,11 @@ class _State:
 
 def disaggregated(prefill_steps: StepTimes, decode: StepTimes, load: PairLoad) -> ServingEstimate:
     """The deployment as a whole; `requests_per_s` counts all of its replicas."""
-    prompts, steps = _prompts(prefill_steps, load), _decode_steps(decode, load)
+    return network(prompts_of(prefill_steps, load), decode_steps_of(decode, load), load)
+
+
+def network(prompts: Prompts, steps: DecodeSteps, load: PairLoad) -> ServingEstimate:
+    """`disaggregated` of deployments whose steps are those of different replicas."""
     is_open = load.rate_per_s > 0
     state = _closed_state(steps, load, prompts)
     capacity = _capacity(steps, load, state)
@@ -165,7 +198,7 @@ def disaggregated(prefill_steps: StepTimes, decode: StepTimes, load: PairLoad) -
     return _estimate(load, state, prompts, capacity)
 
 
-def _prompts(steps: StepTimes, load: PairLoad) -> _Prompts:
+def prompts_of(steps: StepTimes, load: PairLoad) -> Prompts:
     """Prefill steps of one prompt and, where a step has room for them, of two."""
     new, zero = load.new_tokens, np.zeros_like(load.isl)
     alone = prefill(
@@ -180,7 +213,7 @@ def _prompts(steps: StepTimes, load: PairLoad) -> _Prompts:
     two = step_batch(prefill_tokens=2.0 * new, prefill_seqs=2.0, prompt=load.cached + new, cached=load.cached)
     most = load.token_budget / new
     each = np.where(most >= 2.0, np.clip(steps.step_ms(two) - alone, 0.0, alone), alone)
-    return _Prompts(
+    return Prompts(
         alone_ms=alone,
         shared_ms=alone - each,
         each_ms=each,
@@ -189,14 +222,14 @@ def _prompts(steps: StepTimes, load: PairLoad) -> _Prompts:
     )
 
 
-def _capacity(steps: _DecodeSteps, load: PairLoad, state: _State) -> FloatArray:
+def _capacity(steps: DecodeSteps, load: PairLoad, state: _State) -> FloatArray:
     """Most requests per ms that the slower of the two pools serves."""
     step = steps(load.decode_slots)
     full = load.later_tokens * step + load.decode_slots * load.receive_ms
     return np.minimum(load.prefill_ranks / state.bound_ms, load.decode_ranks * load.decode_slots / full)
 
 
-def _start(steps: _DecodeSteps, load: PairLoad, prompts: _Prompts) -> _State:
+def _start(steps: DecodeSteps, load: PairLoad, prompts: Prompts) -> _State:
     """An empty network."""
     step = steps(np.ones_like(load.isl))
     zero, time = np.zeros_like(step), load.later_tokens * step
@@ -216,7 +249,7 @@ def _start(steps: _DecodeSteps, load: PairLoad, prompts: _Prompts) -> _State:
     )
 
 
-def _closed_state(steps: _DecodeSteps, load: PairLoad, prompts: _Prompts) -> _State:
+def _closed_state(steps: DecodeSteps, load: PairLoad, prompts: Prompts) -> _State:
     """Users who send again when answered."""
     users = np.maximum(load.users, 1.0)
     others = (users - 1.0) / users
@@ -232,7 +265,7 @@ def _closed_state(steps: _DecodeSteps, load: PairLoad, prompts: _Prompts) -> _St
     return state
 
 
-def _open_state(steps: _DecodeSteps, load: PairLoad, prompts: _Prompts, rate: FloatArray) -> _State:
+def _open_state(steps: DecodeSteps, load: PairLoad, prompts: Prompts, rate: FloatArray) -> _State:
     """Requests that arrive at `rate` a ms, whoever sent them."""
     many = np.ones_like(rate)
     state = _moved(_start(steps, load, prompts), rate)
@@ -248,7 +281,7 @@ def _moved(state: _State, rate: FloatArray, **changes: FloatArray) -> _State:
     return _State(**{**state.__dict__, "rate": rate, **changes})
 
 
-def _decoding(steps: _DecodeSteps, load: PairLoad, state: _State, others: FloatArray, users: FloatArray) -> _State:
+def _decoding(steps: DecodeSteps, load: PairLoad, state: _State, others: FloatArray, users: FloatArray) -> _State:
     """The decode rank: sequences that decode together, time to enter, time of the later tokens.
 
     A request sees the mean number of others where they come at random, and no more than the mean number of all where
@@ -283,7 +316,7 @@ def _any(mean: FloatArray, users: FloatArray) -> FloatArray:
     return np.where(np.isinf(users), -np.expm1(-mean), closed)
 
 
-def _computing(load: PairLoad, prompts: _Prompts, state: _State, others: FloatArray, elsewhere: FloatArray) -> _State:
+def _computing(load: PairLoad, prompts: Prompts, state: _State, others: FloatArray, elsewhere: FloatArray) -> _State:
     """The prefill rank: prompts in a step, time from its queue to the saved KV cache."""
     per_rank = np.maximum(load.users / load.prefill_ranks, 1.0) if np.all(np.isfinite(elsewhere)) else np.inf
     most = np.maximum(np.minimum(np.minimum(load.prefill_slots, prompts.most), per_rank), 1.0)
@@ -304,7 +337,7 @@ def _computing(load: PairLoad, prompts: _Prompts, state: _State, others: FloatAr
     return _moved(state, state.rate, batch=0.5 * state.batch + 0.5 * batch, first_ms=first, bound_ms=bound)
 
 
-def _behind(load: PairLoad, prompts: _Prompts, arrived: FloatArray, most: FloatArray) -> FloatArray:
+def _behind(load: PairLoad, prompts: Prompts, arrived: FloatArray, most: FloatArray) -> FloatArray:
     """Wait of a save for the step of those who `arrived` (mean number) while its prompt was computed."""
     if not load.through_engines:
         return np.zeros_like(arrived)
@@ -314,7 +347,7 @@ def _behind(load: PairLoad, prompts: _Prompts, arrived: FloatArray, most: FloatA
 
 
 def _one_slot(
-    load: PairLoad, prompts: _Prompts, first: FloatArray, bound: FloatArray, elsewhere: FloatArray
+    load: PairLoad, prompts: Prompts, first: FloatArray, bound: FloatArray, elsewhere: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
     """`first` and `bound` where a prefill rank has one slot: a queue whose server is prompt, save and the calls."""
     single = np.asarray(load.prefill_slots) <= 1.0
@@ -326,7 +359,7 @@ def _one_slot(
     return np.where(single, alone, first), np.where(single, service, bound)
 
 
-def _estimate(load: PairLoad, state: _State, prompts: _Prompts, capacity: FloatArray) -> ServingEstimate:
+def _estimate(load: PairLoad, state: _State, prompts: Prompts, capacity: FloatArray) -> ServingEstimate:
     tpot = state.decode_ms / load.later_tokens
     service = prompts.alone_ms + load.send_ms
     queue = np.maximum(state.first_ms - service, 0.0)

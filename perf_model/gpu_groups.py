@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from perf_model.batch import StepBatch, step_batch
 from perf_model.columns import Columns, columns, rank_load
 from perf_model.curves import Origin
-from perf_model.disaggregated import PairLoad, disaggregated
+from perf_model.disaggregated import DecodeSteps, PairLoad, Prompts, decode_steps_of, network, prompts_of
 from perf_model.groups import GroupAnswer, burst_share, option
 from perf_model.layout import ReplicaLayout
 from perf_model.memory import MemoryNeed
-from perf_model.numeric import FloatArray, floats
+from perf_model.numeric import FloatArray, IntArray, floats
 from perf_model.precision import Precision, checkpoint_precision
 from perf_model.serving import aggregated
 from perf_model.silicon import GpuReplica, ReplicaKey, Silicon
@@ -37,25 +38,29 @@ class GpuGroups:
         self._problem = problem
         self._silicon = silicon
         self._run_requests = run_requests
+        self._replicas: dict[Hashable, GpuReplica] = {}
 
     def layout(self, candidate: Candidate) -> Hashable:
-        """What must be equal for candidates to be computed as one array."""
-        engine = candidate.config.engine
-        return engine, tuple(
-            (
-                pool.role,
-                pool.node_pool,
-                pool.parallelism,
-                _find(engine, pool, "kv_cache_dtype"),
-                _find(engine, pool, engine_spec(engine).scheduling.memory_share),
-                _caches_prefixes(engine, pool),
-                _find(engine, pool, "quantization"),
-            )
-            for pool in candidate.config.pools
+        """What must be equal for candidates to be computed together."""
+        config = candidate.config
+        if config.mode is Mode.DISAGGREGATED:
+            return config.engine, config.mode
+        return config.engine, self._pool_layout(config.engine, config.pools[0])
+
+    def _pool_layout(self, engine: str, pool: Pool) -> Hashable:
+        """What must be equal for pools to be computed as one array."""
+        return (
+            pool.role,
+            pool.node_pool,
+            pool.parallelism,
+            _find(engine, pool, "kv_cache_dtype"),
+            _find(engine, pool, engine_spec(engine).scheduling.memory_share),
+            _caches_prefixes(engine, pool),
+            _find(engine, pool, "quantization"),
         )
 
     def answer(self, group: list[Candidate]) -> GroupAnswer:
-        """Serving, throughput and memory fit of candidates of one layout."""
+        """Serving, throughput and memory fit of candidates of one `layout`."""
         if group[0].config.mode is Mode.AGGREGATED:
             return self._aggregated(group)
         return self._disaggregated(group)
@@ -78,7 +83,13 @@ class GpuGroups:
         )
 
     def replica(self, engine: str, pool: Pool) -> GpuReplica:
-        """Step times and memory of the replicas of `pool`."""
+        """Step times and memory of the replicas of `pool`, made once for each layout."""
+        layout = engine, self._pool_layout(engine, pool)
+        if layout not in self._replicas:
+            self._replicas[layout] = self._made(engine, pool)
+        return self._replicas[layout]
+
+    def _made(self, engine: str, pool: Pool) -> GpuReplica:
         node_pool = self._problem.node_pool(pool.node_pool)
         silicon = self._silicon.with_system(system_of(node_pool, self._silicon))
         replica = silicon.replica(self.key(engine, pool))
@@ -127,65 +138,119 @@ class GpuGroups:
         )
 
     def _disaggregated(self, group: list[Candidate]) -> GroupAnswer:
-        engine = group[0].config.engine
-        prefills = [c.config.pool(Role.PREFILL) for c in group]
-        decodes = [c.config.pool(Role.DECODE) for c in group]
-        prefill, decode = self.replica(engine, prefills[0]), self.replica(engine, decodes[0])
-        first, second = self.rows(group, prefills), self.rows(group, decodes)
-        load = self._pair_load(group, (prefill, decode), (first, second))
-        estimate = disaggregated(prefill.steps, decode.steps, load)
-        context = load.isl + load.osl / 2.0
-        batch = step_batch(decode_seqs=np.maximum(estimate.decode_seqs, 1.0), decode_context=context)
+        """Candidates of any layouts: each pool is computed with its like, the pairs that they form all at once."""
+        prefills, decodes = self._sides(group, Role.PREFILL), self._sides(group, Role.DECODE)
+        load = self._pair_load(group, prefills, decodes)
+        prompts = [prompts_of(side.replica.steps, load.take(side.rows)) for side in prefills]
+        steps = [decode_steps_of(side.replica.steps, load.take(side.rows)) for side in decodes]
+        estimate = network(Prompts.joined(prompts, _order(prefills)), DecodeSteps.joined(steps, _order(decodes)), load)
+        batches = [
+            step_batch(decode_seqs=np.maximum(estimate.decode_seqs, 1.0)[rows], decode_context=context[rows])
+            for context in (load.isl + load.osl / 2.0,)
+            for rows in (side.rows for side in decodes)
+        ]
+        answered = list(zip(decodes, batches, strict=True))
         refused = [
-            a or b
-            for a, b in zip(
-                _refusals(Role.PREFILL, prefill, replace(first, osl=np.ones_like(first.osl))),
-                _refusals(Role.DECODE, decode, second),
-                strict=True,
+            first or second
+            for first, second in zip(
+                _all_refusals(prefills, Role.PREFILL), _all_refusals(decodes, Role.DECODE), strict=True
             )
         ]
         return GroupAnswer(
             estimate=estimate,
             requests_per_s=estimate.requests_per_s,
-            breakdown_ms=decode.steps.breakdown_ms(batch),
+            breakdown_ms=_all_breakdowns(answered, len(group)),
             refused=refused,
-            roofline_share=_roofline_share(decode, batch),
+            roofline_share=_gathered(
+                decodes, [np.full(len(side.rows), _roofline_share(side.replica, batch)) for side, batch in answered]
+            ),
         )
 
-    def _pair_load(
-        self, group: list[Candidate], replicas: tuple[GpuReplica, GpuReplica], rows: tuple[Columns, Columns]
-    ) -> PairLoad:
-        (prefill, decode), (first, second) = replicas, rows
-        full = np.ones(len(group))
-        ranks = [
-            floats([c.config.pool(role).replicas * layout.dp * layout.pp for c in group])
-            for role, layout in ((Role.PREFILL, prefill.key.layout), (Role.DECODE, decode.key.layout))
-        ]
+    def _sides(self, group: list[Candidate], role: Role) -> list[_Side]:
+        """The pools in `role` of all of `group`, those of one layout together."""
+        engine, alike = group[0].config.engine, defaultdict[Hashable, list[int]](list)
+        for index, candidate in enumerate(group):
+            alike[self._pool_layout(engine, candidate.config.pool(role))].append(index)
+        sides = []
+        for indices in alike.values():
+            members = [group[index] for index in indices]
+            pools = [candidate.config.pool(role) for candidate in members]
+            columns = self.rows(members, pools)
+            if role is Role.PREFILL:  # nothing is generated there
+                columns = replace(columns, osl=np.ones_like(columns.osl))
+            replica = self.replica(engine, pools[0])
+            sides.append(_Side(rows=np.array(indices), pools=pools, replica=replica, columns=columns))
+        return sides
+
+    def _pair_load(self, group: list[Candidate], prefills: list[_Side], decodes: list[_Side]) -> PairLoad:
+        workload, full = self._problem.workload, np.ones(len(group))
+        speeds = floats([self._handover_bytes_per_s(candidate) for candidate in group])
+        isl = float(workload.isl.mean) * full
+        sent = [side.replica.footprint.sequence_bytes(side.columns.isl) for side in decodes]
         return PairLoad(
             users=floats([c.load.concurrency or 0 for c in group]),
             rate_per_s=floats([c.load.request_rate or 0.0 for c in group]),
-            prefill_ranks=ranks[0],
-            decode_ranks=ranks[1],
-            decode_slots=rank_load(decode, second).slots,
-            token_budget=first.token_budget,
-            isl=first.isl,
-            osl=first.osl,
-            cached=first.cached,
-            request_ms=decode.request_ms * full,
-            wire_ms=HANDOVER_MS + 1e3 * self._handover_s(group[0], decode, first.isl),
+            prefill_ranks=_gathered(prefills, [side.ranks for side in prefills]),
+            decode_ranks=_gathered(decodes, [side.ranks for side in decodes]),
+            decode_slots=_gathered(decodes, [rank_load(side.replica, side.columns).slots for side in decodes]),
+            token_budget=_gathered(prefills, [side.columns.token_budget for side in prefills]),
+            isl=isl,
+            osl=float(workload.osl.mean) * full,
+            cached=_gathered(prefills, [side.columns.cached for side in prefills]),
+            request_ms=_gathered(decodes, [np.full(len(side.rows), side.replica.request_ms) for side in decodes]),
+            wire_ms=HANDOVER_MS + 1e3 * _gathered(decodes, sent) / speeds,
             send_ms=0.0 * full,
             receive_ms=0.0 * full,
-            run_requests=np.full(len(group), self._run_requests),
-            burst_share=first.burst_share,
+            run_requests=self._run_requests * full,
+            burst_share=burst_share(workload) * full,
         )
 
-    def _handover_s(self, candidate: Candidate, decode: GpuReplica, isl: FloatArray) -> FloatArray:
-        """Seconds that a prompt's KV cache travels: over links inside a pool's node, over the network elsewhere."""
+    def _handover_bytes_per_s(self, candidate: Candidate) -> float:
+        """How fast a prompt's KV cache travels: over links inside a pool's node, over the network elsewhere."""
         names = {candidate.config.pool(role).node_pool for role in (Role.PREFILL, Role.DECODE)}
         pools = [self._problem.node_pool(name) for name in names]
         inside = len(pools) == 1 and candidate.config.devices <= pools[0].devices_per_node
-        speeds = [pool.device.link_bandwidth if inside else pool.device.network_bandwidth for pool in pools]
-        return decode.footprint.sequence_bytes(isl) / min(speeds)
+        return min(pool.device.link_bandwidth if inside else pool.device.network_bandwidth for pool in pools)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Side:
+    """Pools of one role that share a layout, those of candidates `rows` (n,) of a group, and their loads."""
+
+    rows: IntArray
+    pools: list[Pool]
+    replica: GpuReplica
+    columns: Columns
+
+    @property
+    def ranks(self) -> FloatArray:
+        """Ranks of all replicas (n,)."""
+        layout = self.replica.key.layout
+        return floats([pool.replicas * layout.dp * layout.pp for pool in self.pools])
+
+
+def _order(sides: Sequence[_Side]) -> IntArray:
+    """Where candidate 0, 1, ... of the group is found in the sides one after the other."""
+    return np.argsort(np.concatenate([side.rows for side in sides]))
+
+
+def _gathered(sides: Sequence[_Side], parts: Sequence[FloatArray]) -> FloatArray:
+    """What `parts` hold for `sides`, in the order of the group."""
+    return np.concatenate(parts)[_order(sides)]
+
+
+def _all_refusals(sides: Sequence[_Side], role: Role) -> list[str | None]:
+    found = [reason for side in sides for reason in _refusals(role, side.replica, side.columns)]
+    return [found[index] for index in _order(sides)]
+
+
+def _all_breakdowns(answered: Sequence[tuple[_Side, StepBatch]], count: int) -> dict[str, FloatArray]:
+    """Milliseconds by operation (count,); not a number where a candidate's replica has no such operation."""
+    parts: dict[str, FloatArray] = defaultdict(lambda: np.full(count, np.nan))
+    for side, batch in answered:
+        for name, found in side.replica.steps.breakdown_ms(batch).items():
+            parts[name][side.rows] = found
+    return dict(parts)
 
 
 def system_name(pool: NodePool) -> str:

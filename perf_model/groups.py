@@ -15,15 +15,20 @@ from search_spaces.workload import Workload
 class GroupAnswer:
     """What is predicted of a group: serving, requests per second of the deployment, a decode step by operation.
 
-    `refused` says why a candidate cannot run, None where it can. `roofline_share` is the share of a decode step's time
-    that no table backs.
+    `breakdown_ms` is not a number where a candidate's replicas have no such operation. `refused` says why a candidate
+    cannot run, None where it can. `roofline_share` is the share of a decode step's time that no table backs.
     """
 
     estimate: ServingEstimate
     requests_per_s: FloatArray
     breakdown_ms: dict[str, FloatArray]
     refused: list[str | None]
-    roofline_share: float = 1.0
+    roofline_share: FloatArray | float = 1.0
+
+    def backing(self, index: int) -> float:
+        """`roofline_share` of one candidate."""
+        share = self.roofline_share
+        return share if isinstance(share, float) else float(share[index])
 
 
 def option(engine: str, pool: Pool, name: str) -> OptionValue:

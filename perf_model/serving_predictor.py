@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,8 @@ class ServingPredictor:
         answer = self.of(group[0]).answer([self.seen(candidate) for candidate in group])
         named = metrics(answer.estimate, self._deployment(group, answer.requests_per_s), self._problem.slos)
         errors = on_gpus(group[0].config.mode) if self.of(group[0]) is self.gpus else ON_CORES
-        return [_prediction(i, answer, named, errors) for i in range(len(group))]
+        spreads = {share: _spreads(named, errors, share) for share in {answer.backing(i) for i in range(len(group))}}
+        return [_prediction(i, answer, named, spreads[answer.backing(i)]) for i in range(len(group))]
 
     def _deployment(self, group: list[Candidate], requests_per_s: FloatArray) -> Deployment:
         workload = self._problem.workload
@@ -105,13 +106,17 @@ class ServingPredictor:
         )
 
 
-def _prediction(index: int, answer: GroupAnswer, named: dict[str, FloatArray], errors: RawErrors) -> Prediction:
+def _spreads(names: Iterable[str], errors: RawErrors, roofline_share: float) -> dict[str, float]:
+    return {name: errors.log_stddev(name, roofline_share) for name in names}
+
+
+def _prediction(index: int, answer: GroupAnswer, named: dict[str, FloatArray], spreads: dict[str, float]) -> Prediction:
     refused = answer.refused[index]
     if refused is not None:
         return Prediction(metrics={}, infeasible=refused)
     values = {name: float(array[index]) for name, array in named.items() if not np.isnan(array[index])}
     return Prediction(
         metrics=values,
-        log_stddev={name: errors.log_stddev(name, answer.roofline_share) for name in values},
-        breakdown_ms={name: float(array[index]) for name, array in answer.breakdown_ms.items()},
+        log_stddev=spreads if len(values) == len(spreads) else {name: spreads[name] for name in values},
+        breakdown_ms={name: float(a[index]) for name, a in answer.breakdown_ms.items() if not np.isnan(a[index])},
     )

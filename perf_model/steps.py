@@ -11,7 +11,7 @@ import numpy as np
 from perf_model.batch import StepBatch
 from perf_model.borrowed import BorrowedCosts
 from perf_model.costs import OperationCosts
-from perf_model.curves import DenseCurve, DenseSurface, Origin, dense, dense_surface, total
+from perf_model.curves import Curve, DenseCurve, DenseSurface, Origin, dense, dense_surface, total
 from perf_model.layout import StepPlan
 from perf_model.numeric import BoolArray, FloatArray, floats
 from perf_model.operations import (
@@ -63,13 +63,21 @@ class TableSteps:
         return _phase(self.plan.decode)
 
     @cached_property
+    def _prefill_tokens(self) -> list[tuple[str, Curve]]:
+        return [(op.name, self.costs.token_curve(op)) for op in self._prefill.tokens]
+
+    @cached_property
+    def _decode_tokens(self) -> list[tuple[str, Curve]]:
+        return [(op.name, self.costs.token_curve(op)) for op in self._decode.tokens]
+
+    @cached_property
+    def _outputs(self) -> list[tuple[str, Curve]]:
+        return [(op.name, self.costs.token_curve(op)) for op in self._decode.outputs]
+
+    @cached_property
     def _curves(self) -> dict[str, DenseCurve]:
-        curve = self.costs.token_curve
-        return {
-            "prefill tokens": dense(total([curve(op) for op in self._prefill.tokens])),
-            "decode tokens": dense(total([curve(op) for op in self._decode.tokens])),
-            "outputs": dense(total([curve(op) for op in self._decode.outputs])),
-        }
+        parts = {"prefill tokens": self._prefill_tokens, "decode tokens": self._decode_tokens, "outputs": self._outputs}
+        return {name: dense(total([curve for _, curve in curves])) for name, curves in parts.items()}
 
     @cached_property
     def _prefill_surfaces(self) -> list[tuple[AttentionOperation, DenseSurface]]:
@@ -107,11 +115,13 @@ class TableSteps:
         parts: dict[str, FloatArray] = defaultdict(lambda: np.zeros(batch.tokens.shape))
         mixed = batch.prefill_tokens > 0
         busy = batch.tokens > 0
-        for phase, chosen in ((self._prefill, mixed), (self._decode, ~mixed)):
-            for token_op in phase.tokens:
-                parts[token_op.name] += chosen * busy * self.costs.token_curve(token_op)(batch.tokens)
-        for gemm in self._decode.outputs:
-            parts[gemm.name] += busy * self.costs.token_curve(gemm)(batch.outputs)
+        for curves, chosen in ((self._prefill_tokens, mixed), (self._decode_tokens, ~mixed)):
+            computed = chosen * busy
+            some = bool(computed.any())
+            for name, curve in curves:
+                parts[name] += computed * curve(batch.tokens) if some else 0.0
+        for name, curve in self._outputs:
+            parts[name] += busy * curve(batch.outputs)
         for op, surface in self._prefill_surfaces:
             parts[f"prefill {op.name}"] += mixed * op.count * prefill_time(op, surface, batch)
         for op, surface in self._decode_surfaces:
@@ -135,10 +145,9 @@ class TableSteps:
         return {origin: sum(time for found, time in parts if found is origin) / whole for origin in Origin}
 
     def _token_origins(self, batch: StepBatch) -> list[tuple[Origin, float]]:
-        phase = self._prefill if batch.prefill_tokens.flat[0] > 0 else self._decode
+        curves = self._prefill_tokens if batch.prefill_tokens.flat[0] > 0 else self._decode_tokens
         tokens, outputs = float(batch.tokens.flat[0]), float(batch.outputs.flat[0])
-        counted = [(op, tokens) for op in phase.tokens] + [(op, outputs) for op in self._decode.outputs]
-        found = [(self.costs.token_curve(op), at) for op, at in counted]
+        found = [(curve, tokens) for _, curve in curves] + [(curve, outputs) for _, curve in self._outputs]
         return [(curve.origin_at(at), float(curve(np.array(at)))) for curve, at in found]
 
 

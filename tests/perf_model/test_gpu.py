@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -187,3 +188,41 @@ def test_explanations_name_the_bottleneck(tables: Path) -> None:
     assert "sequences" in waiting.sentence
     busy = explain(replica, columns(tp=1, users=64, isl=8000, osl=2))
     assert busy.bottleneck in {Bottleneck.COMPUTE, Bottleneck.QUEUEING}
+
+
+def test_pairs_of_any_layouts_agree_with_one_at_a_time(tables: Path) -> None:
+    """Closed and open loops, GPUs with and without tables, sizes: pools of one layout are computed together."""
+    random = Random(0)
+    small = NodePool(name="small", device=replace(GPU, name="X900", memory_bytes=2e9), nodes=4, devices_per_node=4)
+    asked = replace(problem(), node_pools=(*problem().node_pools, small))
+    candidates = [_any_pair(random) for _ in range(16)]
+    together = ServingPredictor(asked, tables=tables).predict(candidates)
+    for pair, prediction in zip(candidates, together, strict=True):
+        (alone,) = ServingPredictor(asked, tables=tables).predict([pair])
+        assert prediction.infeasible == alone.infeasible
+        assert prediction.metrics == pytest.approx(alone.metrics, rel=1e-9)
+        assert prediction.breakdown_ms == pytest.approx(alone.breakdown_ms, rel=1e-9)
+    assert {prediction.infeasible is None for prediction in together} == {True, False}
+
+
+def _any_pair(random: Random) -> Candidate:
+    pools = tuple(
+        Pool(
+            role=role,
+            node_pool=random.choice(["gpus", "small"]),
+            replicas=random.choice([1, 2, 3]),
+            parallelism=Parallelism(tp=random.choice([1, 2, 4]), pp=random.choice([1, 2])),
+            options=make_options(
+                {
+                    "max_num_seqs": random.choice([4, 32, 256]),
+                    "max_num_batched_tokens": random.choice([512, 2048, 65536]),
+                    "kv_cache_dtype": random.choice(["auto", "fp8"]),
+                    "gpu_memory_utilization": random.choice([0.9, 0.02]),
+                }
+            ),
+        )
+        for role in (Role.PREFILL, Role.DECODE)
+    )
+    arrival = random.choice([Arrival.POISSON, Arrival.CLOSED, Arrival.CLOSED])
+    load = Load(arrival=arrival, value=random.choice([1, 30, 200]))
+    return Candidate(config=ServingConfig(engine="emulated", pools=pools), load=load)

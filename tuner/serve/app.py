@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,7 +15,7 @@ from studies.storage import Storage
 from tuner.places import Place
 from tuner.serve import control, model, studies
 from tuner.serve.access import Guard, Tokens
-from tuner.serve.answers import Health
+from tuner.serve.answers import Health, Problem
 from tuner.serve.context import ALWAYS, Service
 from tuner.serve.page import the_page
 from tuner.serve.runs import Runs
@@ -52,7 +53,14 @@ def make_app(service: Service) -> FastAPI:
     app.add_middleware(Guard, local_only=not service.tokens.any)
     app.add_exception_handler(TunerError, _told)
     app.add_exception_handler(RequestValidationError, _malformed)
+    app.openapi_schema = _with_errors(app.openapi())
     return app
+
+
+def _with_errors(document: dict[str, Any]) -> dict[str, Any]:
+    """`document` with the shape of errors, to which every operation refers."""
+    document["components"]["schemas"][Problem.__name__] = Problem.model_json_schema()
+    return document
 
 
 _open = APIRouter(responses=ALWAYS)

@@ -61,8 +61,9 @@ def writer(service: TheService, credentials: Credentials) -> None:
 
 
 def told(text: str) -> dict[str, Any]:
-    """How OpenAPI tells of an error."""
-    return {"model": Problem, "description": text}
+    """How OpenAPI tells of an error: always JSON, also where the answer is another kind of text."""
+    schema = {"$ref": f"#/components/schemas/{Problem.__name__}"}
+    return {"description": text, "content": {"application/json": {"schema": schema}}}
 
 
 ALWAYS: Responses = {

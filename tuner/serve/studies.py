@@ -31,13 +31,38 @@ router = APIRouter(prefix="/api/v1", tags=["studies"], dependencies=[Depends(rea
 streams = Streams()
 After = Annotated[int, Query(ge=0, le=2**31, description="Only lines behind this number.")]
 _STREAM: Responses = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    200: {
+        "content": {
+            "text/event-stream": {
+                "schema": {
+                    "type": "object",
+                    "description": "one event; its data is JSON",
+                    "required": ["data"],
+                    "properties": {key: {"type": "string"} for key in ("event", "data", "id")},
+                }
+            }
+        }
+    },
     429: told("too many are followed at once; end another, or try again"),
 }
 
 
-def _text(kind: str) -> Responses:
-    return {200: {"content": {kind: {"schema": {"type": "string"}}}}}
+class CsvResponse(PlainTextResponse):
+    """Text of comma-separated values."""
+
+    media_type = "text/csv"
+
+
+class MarkdownResponse(PlainTextResponse):
+    """Text of Markdown."""
+
+    media_type = "text/markdown"
+
+
+class EventResponse(StreamingResponse):
+    """Server-sent events."""
+
+    media_type = "text/event-stream"
 
 
 @router.get("/studies", response_model=list[Summary])
@@ -62,10 +87,10 @@ def front(service: TheService, name: Name) -> JSONResponse:
     return as_json(report.front_json(report_of(service, name)))
 
 
-@router.get("/studies/{name}/front.csv", responses=NOT_FOUND | _text("text/csv"), response_class=PlainTextResponse)
-def front_csv(service: TheService, name: Name) -> PlainTextResponse:
+@router.get("/studies/{name}/front.csv", responses=NOT_FOUND, response_class=CsvResponse)
+def front_csv(service: TheService, name: Name) -> CsvResponse:
     """The Pareto front as CSV."""
-    return PlainTextResponse(report.front_csv(report_of(service, name)), media_type="text/csv")
+    return CsvResponse(report.front_csv(report_of(service, name)))
 
 
 @router.get("/studies/{name}/report", responses=NOT_FOUND, response_class=HTMLResponse)
@@ -85,10 +110,10 @@ def report_tree(service: TheService, name: Name) -> JSONResponse:
     return as_json(report_json(report_of(service, name)))
 
 
-@router.get("/studies/{name}/report.md", responses=NOT_FOUND | _text("text/markdown"), response_class=PlainTextResponse)
-def report_text(service: TheService, name: Name) -> PlainTextResponse:
+@router.get("/studies/{name}/report.md", responses=NOT_FOUND, response_class=MarkdownResponse)
+def report_text(service: TheService, name: Name) -> MarkdownResponse:
     """The report as Markdown: what `tuner study report --markdown` prints."""
-    return PlainTextResponse(report_markdown(report_of(service, name)), media_type="text/markdown")
+    return MarkdownResponse(report_markdown(report_of(service, name)))
 
 
 @router.get("/studies/{name}/status", response_model=Status, responses=NOT_FOUND)
@@ -104,15 +129,15 @@ def events(service: TheService, name: Name, after: After = 0) -> JSONResponse:
     return as_json([event_json(event) for event in events_of(service, name, after)])
 
 
-@router.get("/studies/{name}/events/stream", responses=NOT_FOUND | _STREAM, response_class=StreamingResponse)
-def stream(request: Request, service: TheService, name: Name, after: After = 0) -> StreamingResponse:
+@router.get("/studies/{name}/events/stream", responses=NOT_FOUND | _STREAM, response_class=EventResponse)
+def stream(request: Request, service: TheService, name: Name, after: After = 0) -> EventResponse:
     """Server-sent events: each line as it is written, and `event: end` when nobody runs the study any more."""
     require_known(service.storage, name)
     return _followed(followed_lines(request, service, name, after))
 
 
-@router.get("/studies/{name}/trials/stream", responses=NOT_FOUND | _STREAM, response_class=StreamingResponse)
-def trials(request: Request, service: TheService, name: Name) -> StreamingResponse:
+@router.get("/studies/{name}/trials/stream", responses=NOT_FOUND | _STREAM, response_class=EventResponse)
+def trials(request: Request, service: TheService, name: Name) -> EventResponse:
     """Server-sent events: `trial` (Progress), `front` (Points) and `status`, all at first and then as they change.
 
     `end` comes when nobody runs the study any more, `fault` where the storage cannot be read.
@@ -121,7 +146,7 @@ def trials(request: Request, service: TheService, name: Name) -> StreamingRespon
     return _followed(followed_trials(request, service, name))
 
 
-def _followed(events: AsyncIterator[str]) -> StreamingResponse:
+def _followed(events: AsyncIterator[str]) -> EventResponse:
     streams.require_room()
 
     async def counted() -> AsyncIterator[str]:
@@ -129,4 +154,4 @@ def _followed(events: AsyncIterator[str]) -> StreamingResponse:
             async for event in events:
                 yield event
 
-    return StreamingResponse(counted(), media_type="text/event-stream")
+    return EventResponse(counted())

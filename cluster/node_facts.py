@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ class NodeFacts:
     cores: tuple[int, ...]
     cpu_model: str
     gpu_models: tuple[str, ...] = ()
+    gpu_driver: str = ""
     gpu_ids: tuple[int, ...] = ()
     sees_folder: bool = True
     python: str = platform.python_version()
@@ -46,6 +48,14 @@ def cpu_model() -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def gpu_driver() -> str:
+    """Version of the NVIDIA kernel driver as its file has it (`... Kernel Module  550.54.15  DATE`), empty for none."""
+    path = Path("/proc/driver/nvidia/version")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", text)
+    return found.group() if found else ""
 
 
 def gpu_models() -> tuple[str, ...]:

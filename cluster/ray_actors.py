@@ -34,7 +34,7 @@ from cluster.engines.log_signs import telling_line
 from cluster.janitor import end_owned
 from cluster.launched import launched
 from cluster.memory_kills import KillCount, kill_count, killed_for_memory
-from cluster.node_facts import NodeFacts, cpu_model, gpu_models, machine_id, usable_cores
+from cluster.node_facts import NodeFacts, cpu_model, gpu_driver, gpu_models, machine_id, usable_cores
 from cluster.power import PowerLog, gpu_power_w
 from cluster.processes import (
     ManagedProcess,
@@ -344,6 +344,7 @@ def node_facts(folder: Path) -> NodeFacts:
         cores=usable_cores(),
         cpu_model=cpu_model(),
         gpu_models=gpu_models(),
+        gpu_driver=gpu_driver(),
         gpu_ids=_gpu_numbers(context.get_accelerator_ids().get("GPU", ())),
         sees_folder=(folder / MARKER).exists(),
     )

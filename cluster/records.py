@@ -46,6 +46,9 @@ def environment(
     gpus = sorted({model for facts in hosts.values() for model in facts.gpu_models})
     if gpus:
         record["gpu_model"] = "; ".join(gpus)
+    drivers = sorted({facts.gpu_driver for facts in hosts.values() if facts.gpu_driver})
+    if drivers:
+        record["gpu_driver"] = "; ".join(drivers)
     for name, facts in sorted(nodes.items()):
         record[f"node.{name}"] = facts.host
         record[f"cores.{name}"] = ",".join(map(str, cores.get(name, ())))

@@ -96,6 +96,12 @@ class StudyHistory:
         """All trials by number. Finished ones never change and are decoded once."""
         return tuple(self._record(trial) for trial in self._study.get_trials(deepcopy=False))
 
+    @property
+    def started_at(self) -> datetime | None:
+        """When the first trial began; None before that. Nothing is decoded for it."""
+        began = (trial.datetime_start for trial in self._study.get_trials(deepcopy=False))
+        return min((moment for moment in began if moment is not None), default=None)
+
     def _record(self, trial: optuna.trial.FrozenTrial) -> TrialRecord:
         if trial.number in self._decoded:
             return self._decoded[trial.number]
@@ -115,7 +121,7 @@ class StudyHistory:
             failed=count["failed"],
             lost=count["lost"],
             open=len(trials) - sum(count.values()),
-            started_at=min((trial.started_at for trial in trials if trial.started_at), default=None),
+            started_at=self.started_at,
         )
 
 

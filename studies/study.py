@@ -4,6 +4,7 @@
     study = create_study(storage, setup)            # or open_study(storage, setup) to go on with it
     study.reconcile()                               # once, before the first ask: settles what a dead coordinator left
     proposal = study.ask(warm=runner.warm())        # raises SpaceExhausted at the end of the space
+    study.ask_batch(8, warm=runner.warm())          # at most 8 of them, chosen jointly
     record = study.tell(proposal, outcome)          # Measurement or Failure; faults of the infrastructure are retried
     study.release(proposal)                         # given back unmeasured (the user stopped); proposed again on resume
     study.ask_repeat(warm=runner.warm())            # at the end: one more run of a member of the front, None for none
@@ -49,7 +50,7 @@ from studies import pareto
 from studies.codec import Json, to_json
 from studies.constraints import constraint_names, failed_violations, measured_violations
 from studies.device_use import DeviceUse
-from studies.errors import LeaseLostError, StudyExistsError, StudyFileChangedError
+from studies.errors import LeaseLostError, SpaceExhausted, StudyExistsError, StudyFileChangedError
 from studies.generations import Generations
 from studies.history import (
     DEVICE_USE,
@@ -94,6 +95,7 @@ from studies.stopping import Progress, progress_of
 from studies.storage import Storage
 from studies.trial_writer import TrialWriter
 from studies.verdict import checked_outcome, pessimistic_values
+from studies.worth import Shared
 
 FIXED_PARAMS = "fixed_params"
 """System attribute in which Optuna keeps what a queued trial was given."""
@@ -107,7 +109,8 @@ class StudySetup:
 
     `study_file` is the text of the resolved study file, stored with the study. `directory` receives `artifacts/` of
     all its studies and `predictions/<name>/`. `budget_trials` and `in_flight` (trials at once) set the population.
-    Without `predict` the search is what `sampler` does alone. `seeds` are measured right after the defaults. `repeats`
+    Without `predict` the search is what `sampler` does alone; `shared` says what its predictions have in common, for
+    candidates that are chosen jointly. `seeds` are measured right after the defaults. `repeats`
     says what is measured again. `devices` are the measured ones of node pools, stored so that no other run measures
     them.
     """
@@ -121,6 +124,7 @@ class StudySetup:
     budget_trials: int
     in_flight: int = 1
     predict: Predict | None = None
+    shared: Shared | None = None
     seeds: tuple[Candidate, ...] = field(default=())
     sampler: SamplerKind = SamplerKind.NSGA2
     devices: Mapping[str, Device] = field(default_factory=dict)
@@ -191,7 +195,7 @@ class Study:
         self.history = StudyHistory(storage, setup.name)
         _check_study_file(self.history.study_file, setup)
         self._log = PredictionLog(setup.directory / "predictions" / setup.name)
-        self._screen = Screen(setup.problem, setup.space, setup.seed, setup.predict, self._log)
+        self._screen = Screen(setup.problem, setup.space, setup.seed, setup.predict, self._log, setup.shared)
         self._breeding = ScreenedBreeding(setup.space, self._screen, self.history.population)
         self._generations = Generations(self.directions, setup.seed, self._breeding, self.history.population)
         setup.artifact_dir.mkdir(parents=True, exist_ok=True)
@@ -295,33 +299,55 @@ class Study:
     # ------------------------------------------------------------------------------------------------ asking
 
     def ask(self, warm: Sequence[ServingConfig] = ()) -> Proposal:
-        """The next candidate to measure; `warm` are the configurations whose deployments are up.
+        """The next candidate to measure: `ask_batch` of one."""
+        return self.ask_batch(1, warm)[0]
 
-        What waits goes first: defaults, seeds, repeats; then a control that is due. Raises `SpaceExhausted` when
-        nothing is left to propose.
+    def ask_batch(self, most: int, warm: Sequence[ServingConfig] = ()) -> tuple[Proposal, ...]:
+        """The next candidates to measure, at most `most`; `warm` are the configurations whose deployments are up.
+
+        What waits goes first: defaults, seeds, repeats; then a control that is due; the rest is chosen jointly, no two
+        alike. Raises `SpaceExhausted` when nothing is left to propose.
         """
         self.lease.ensure()
         self._mirror.read_new()
-        waiting = next((trial for trial in self._mirror.records if trial.status is TrialStatus.WAITING), None)
-        if waiting is not None:
-            return self._start(waiting.number) or self.ask(warm)
-        control = due_control(self.trials(), self.setup.repeats)
+        found = self._start_waiting(most)
+        control = due_control(self.trials(), self.setup.repeats) if len(found) < most else None
         if control is not None:
             self._enqueue_repeat(control, Origin.CONTROL)
-            return self.ask(warm)
-        request = self._request(warm)
+            found += self._start_waiting(most - len(found))
+        if len(found) < most:
+            try:
+                found += self._propose(most - len(found), warm)
+            except SpaceExhausted:
+                if not found:
+                    raise
+        return tuple(found)
+
+    def _start_waiting(self, most: int) -> list[Proposal]:
+        found: list[Proposal] = []
+        while len(found) < most:
+            waiting = next((trial for trial in self._mirror.records if trial.status is TrialStatus.WAITING), None)
+            if waiting is None:
+                break
+            started = self._start(waiting.number)
+            if started is not None:
+                found.append(started)
+        return found
+
+    def _propose(self, count: int, warm: Sequence[ServingConfig]) -> list[Proposal]:
+        request = self._request(warm, count)
         self._screen.require_untried(request.tried, request.number)
         is_nsga2 = self.setup.sampler is SamplerKind.NSGA2
         generation, bred = self._generations.next(request if is_nsga2 else None)
-        plan = _plan(bred or self._screen.choose(self._suggested(request), request))
-        self._writer.begin(plan, generation)
+        plans = [_plan(choice) for choice in bred or self._screen.choose(self._suggested(request), request)]
+        begun = [_proposal(self._writer.begin(plan, generation), plan) for plan in plans]
         self._mirror.read_new()
-        return _proposal(request.number, plan)
+        return begun
 
-    def _request(self, warm: Sequence[ServingConfig]) -> Request:
+    def _request(self, warm: Sequence[ServingConfig], count: int = 1) -> Request:
         trials = candidates_of(self._mirror.records)
         tried = {trial.key for trial in trials if trial.key is not None}
-        return Request(number=len(self._mirror.records), trials=trials, tried=tried, warm=tuple(warm))
+        return Request(number=len(self._mirror.records), trials=trials, tried=tried, warm=tuple(warm), count=count)
 
     def think_ahead(self, warm: Sequence[ServingConfig] = ()) -> Iterator[None]:
         """Let the model predict what the next `ask` will want to know, a few candidates at each step.
@@ -356,6 +382,19 @@ class Study:
         else:
             return None
         return self.ask_repeat(warm)
+
+    def repeat(self, number: int, runs: int) -> None:
+        """Let the candidate of measured trial `number` have at least `runs` runs: queues what is missing of them.
+
+        Asked again, it queues nothing more; `ask_repeat` begins what is queued.
+        """
+        self.lease.ensure()
+        self._mirror.read_new()
+        of = self._mirror.records[number]
+        require(of.status is TrialStatus.MEASURED, f"trial {number} is {of.status}; only what was measured is repeated")
+        asked = sum(trial.key == of.key and trial.retry_of is None for trial in self._mirror.records)
+        for _ in range(runs - asked):
+            self._enqueue_repeat(of, Origin.CONTROL)
 
     def _enqueue_repeat(self, of: TrialRecord, origin: Origin) -> None:
         if of.candidate is None or of.key is None:

@@ -6,7 +6,8 @@ are its seeds: they are measured right after the defaults.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -55,54 +56,67 @@ class Lesson:
 def lessons(storage: Storage, place: Place, file: StudyFile, problem: Problem) -> tuple[Lesson, ...]:
     """What related studies teach that of `file`: an engine in common, and the model or a kind of node.
 
-    Studies that began after it are left out, so that a resume learns what the first run did.
+    The nearest come first: those that share both, then those that share the model; of equal ones the latest. Studies
+    that began after it are left out, so that a resume learns what the first run did.
     """
-    own = _began(storage, file.name)
-    found: list[Lesson] = []
-    for began, history in sorted(_others(storage, file.name), key=lambda pair: pair[0], reverse=True):
-        if (own is None or began < own) and len(found) < MOST_STUDIES:
-            lesson = _lesson(history, place, file, problem)
-            found += [lesson] if lesson is not None and lesson.observations else []
-    return tuple(found)
+    names = study_names(storage)
+    own = StudyHistory(storage, file.name).started_at if file.name in names else None
+    related = [
+        found
+        for other in names
+        if other != file.name and (found := _related(storage, other, place, file, problem, own)) is not None
+    ]
+    related.sort(key=lambda found: (found.nearness, found.began), reverse=True)
+    taught = (_lesson(found) for found in related)
+    return tuple(itertools.islice((lesson for lesson in taught if lesson.observations), MOST_STUDIES))
 
 
-def _others(storage: Storage, name: str) -> Iterator[tuple[datetime, StudyHistory]]:
-    """Every other study that this version can read and that has begun."""
-    for other in study_names(storage):
-        began = _began(storage, other) if other != name else None
-        if began is not None:
-            yield began, StudyHistory(storage, other)
+@dataclass(frozen=True, kw_only=True)
+class _Related:
+    """An earlier study, and what it has in common with the new one."""
+
+    history: StudyHistory
+    file: StudyFile
+    problem: Problem
+    relation: str
+    nearness: int
+    began: datetime
 
 
-def _began(storage: Storage, name: str) -> datetime | None:
-    """When the first trial of a study began; None for one that is not there, not ours, or has not begun."""
-    if name not in study_names(storage):
-        return None
+def _related(
+    storage: Storage, name: str, place: Place, file: StudyFile, problem: Problem, own: datetime | None
+) -> _Related | None:
+    """Study `name`; None for one that is not ours, is not related, or did not begin before.
+
+    Nor does one count that was made with a file that is valid no more.
+    """
     try:
-        return StudyHistory(storage, name).summary().started_at
-    except StudyFormatError:
-        return None
-
-
-def _lesson(history: StudyHistory, place: Place, file: StudyFile, problem: Problem) -> Lesson | None:
-    """What `history` teaches; None where it is not related, or was made with a file that is valid no more."""
-    try:
+        history = StudyHistory(storage, name)
+        began = history.started_at
+        if began is None or (own is not None and began >= own):
+            return None
         other = stored_file(history, place)
-    except StudyFileError:
+    except (StudyFormatError, StudyFileError):
         return None
     theirs = make_problem(other, history.node_devices or load_devices(place.nodes(other.name)))
     relation = _relation(theirs, problem) if set(other.engines) & set(file.engines) else None
     if relation is None:
         return None
-    trials = history.trials()
+    nearness = 2 * (theirs.model.name == problem.model.name) + bool(_shared(theirs, problem))
+    return _Related(history=history, file=other, problem=theirs, relation=relation, nearness=nearness, began=began)
+
+
+def _lesson(found: _Related) -> Lesson:
+    """What a related study teaches."""
+    trials = found.history.trials()
     measured = [(t.candidate, t.measurement.metrics.flat()) for t in trials if t.candidate and t.measurement]
-    observed = make_predictor(theirs, other).observed(measured[-MOST_TRIALS:], study=other.name)
+    observed = make_predictor(found.problem, found.file).observed(measured[-MOST_TRIALS:], study=found.file.name)
     return Lesson(
-        study=other.name,
-        relation=relation,
+        study=found.file.name,
+        relation=found.relation,
         observations=tuple(observed),
-        front=tuple(trial.candidate for trial in front(trials, history.directions) if trial.candidate),
-        node_types={pool.name: pool.device.name for pool in theirs.node_pools},
+        front=tuple(trial.candidate for trial in front(trials, found.history.directions) if trial.candidate),
+        node_types={pool.name: pool.device.name for pool in found.problem.node_pools},
     )
 
 
@@ -148,5 +162,10 @@ def _evenly(candidates: Sequence[Candidate], count: int) -> tuple[Candidate, ...
 def _relation(theirs: Problem, ours: Problem) -> str | None:
     if theirs.model.name == ours.model.name:
         return f"model {ours.model.name} too"
-    shared = {pool.device.name for pool in theirs.node_pools} & {pool.device.name for pool in ours.node_pools}
+    shared = _shared(theirs, ours)
     return f"nodes with {', '.join(sorted(shared))} too" if shared else None
+
+
+def _shared(theirs: Problem, ours: Problem) -> set[str]:
+    """Kinds of devices that both have."""
+    return {pool.device.name for pool in theirs.node_pools} & {pool.device.name for pool in ours.node_pools}

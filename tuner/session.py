@@ -49,11 +49,23 @@ Stop = AbstractContextManager[Callable[[], bool]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Again:
+    """A measured trial that shall have so many runs, whatever the budget of trials says."""
+
+    trial: int
+    runs: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """A study, and how far this run of it goes: to the budget of its file where `portion` is None."""
+    """A study, and how far this run of it goes: to the budget of its file where `portion` is None.
+
+    `again` is what is measured once more.
+    """
 
     file: StudyFile
     portion: BudgetSection | None
+    again: Again | None
 
     def run_of(self, file: StudyFile) -> StudyFile:
         """`file` with the budget of this run."""
@@ -77,15 +89,17 @@ def run_study(
     stop: Stop,
     observer: Observer,
     portion: BudgetSection | None = None,
+    again: Again | None = None,
 ) -> Ended:
     """Begin the study of `file`, or go on with it where the storage has it, and search until it ends.
 
-    Where a `portion` is given, this run ends with that budget, and the study keeps the one of its file.
+    Where a `portion` is given, this run ends with that budget, and the study keeps the one of its file. What is to be
+    measured `again` has its runs then.
 
     `stop` is entered for the time of the search, and says then whether someone asked to stop. Raises
     `StudyFileChangedError`, with the difference, where the study was made with another file.
     """
-    storage, asked = open_storage(place.url), _Asked(file=file, portion=portion)
+    storage, asked = open_storage(place.url), _Asked(file=file, portion=portion, again=again)
     with faults_told(storage), take_lease(storage, file.name, lease_times(), wait_s=lease_wait_s()) as lease:
         recording = Recording(observer=observer, note_line=lease.note)
         recording.note(f"run {lease.run} of study {file.name} by process {os.getpid()} on host {socket.gethostname()}")
@@ -111,7 +125,7 @@ def _run(
     file = in_order_of(parse_study(stored, name=f"stored study file of {file.name}"), file)
     run = asked.run_of(file)
     problem, space = check_space(file)
-    if history and _is_done(history, run):
+    if history and _is_done(history, run) and asked.again is None:
         observer.note(f"study {file.name} has used its budget of {run.budget.trials} trials; nothing to measure")
         return Ended(reason=StopReason.TRIALS, report=make_report(history, file))
     observer.note(f"{'going on with' if history else 'beginning'} study {file.name}: {_question(problem, space)}")
@@ -126,15 +140,18 @@ def _run(
         setup = _setup(file, place, stored, problem, devices, model, cluster.trials_at_once)
         setup = replace(setup, repeats=make_repeats(run))
         if not (history and progress_of(history.trials()).finished):
-            setup = _seeded(setup, found, observer)
+            setup = _seeded(setup, found, run.budget.trials, observer)
         study = open_study(storage, setup, lease) if history else create_study(storage, setup, lease)
         study.note_earlier([str(lesson) for lesson in found])
+        if asked.again is not None:
+            study.repeat(asked.again.trial, asked.again.runs)
         reason = _search(study, run, place, model, cluster, stop, observer)
         study.flush()
         order = f"stopped on the order of {lease.stop_order.by}" if lease.stop_order and reason is None else None
         report = make_report(study.history, file)
         lease.ensure()
-        publish(storage, report)
+        if asked.portion is None:  # who gives out portions publishes when the study is done
+            publish(storage, report)
         return Ended(reason=reason, stop_order=order, report=report)
 
 
@@ -145,9 +162,9 @@ def _taught(predictor: CalibratedPredictor, found: Sequence[Lesson], observer: O
     return replace(predictor, earlier=tuple(o for lesson in reversed(found) for o in lesson.observations))
 
 
-def _seeded(setup: StudySetup, found: Sequence[Lesson], observer: Observer) -> StudySetup:
-    """`setup` of a study that begins, with seeds from the fronts of related studies."""
-    chosen = seeds(found, setup.space, setup.budget_trials)
+def _seeded(setup: StudySetup, found: Sequence[Lesson], trials: int, observer: Observer) -> StudySetup:
+    """`setup` of a study that begins with a run of so many `trials`, with seeds from the fronts of related studies."""
+    chosen = seeds(found, setup.space, trials)
     if chosen:
         counts = "; ".join(f"{study} ({len(candidates)} candidates)" for study, candidates in chosen.items())
         observer.note(f"seeds are taken from the fronts of earlier studies: {counts}")
@@ -269,6 +286,7 @@ def _setup(
         budget_trials=file.budget.trials,
         in_flight=in_flight,
         predict=model.predict,
+        shared=model.shared,
         devices=devices,
         sampler=SamplerKind(file.sampler),
     )

@@ -10,6 +10,7 @@ from zoneinfo import ZoneInfo
 from search_spaces.problem import Problem
 from studies.errors import StudyNotFoundError
 from studies.history import StudyHistory, study_names
+from studies.records import TrialRecord
 from studies.spending import Spent
 from studies.storage import Storage
 from tuner.campaigns.campaign import Campaign, Cell
@@ -67,6 +68,17 @@ class View:
     def standing(self, cell: str) -> Standing:
         """The standing of a cell."""
         return next(standing for standing in self.standings if standing.cell.name == cell)
+
+    def trials_like(self, standing: Standing) -> tuple[TrialRecord, ...]:
+        """Trials of all studies that share an engine and a node pool with `standing`'s."""
+        own = standing.cell.study
+        return tuple(
+            trial
+            for other in self.standings
+            if other.cell.study.engines.keys() & own.engines.keys()
+            and other.cell.study.node_pools.keys() & own.node_pools.keys()
+            for trial in other.trials
+        )
 
     def wall_s(self) -> float | None:
         """Seconds that a slice may last, until the deadline or the next pause; None where there is neither."""

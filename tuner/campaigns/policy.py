@@ -69,7 +69,10 @@ def _least(one: float | None, other: float | None) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The study that gets the next slice: `trials` more candidates, for at most `purse` more of the budget."""
+    """The study that gets the next slice: `trials` more candidates, for at most `purse` more of the budget.
+
+    In a check, `trial` is to have so many `runs`.
+    """
 
     standing: Standing
     kind: SliceKind
@@ -77,6 +80,8 @@ class Choice:
     purse: Purse
     why: str
     worth: float | None = None
+    trial: int | None = None
+    runs: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

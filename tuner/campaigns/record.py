@@ -6,7 +6,8 @@ storage: so whoever takes the campaign's lease goes on where the last one was.
 - `rules` (YAML) and `cells`: what is asked, resolved;
 - `cell.NAME`: the study that a cell is at, and why it was closed;
 - `slice.00001`: a portion of the budget that was given to a study, and how it ended;
-- `pause`: an order, written by anybody; `ended`: why the campaign is over; `told`: what webhooks have been told;
+- `pause`: an order, written by anybody; `ended`: why the campaign is over; `told`: what webhooks have been told,
+  and `outbox`: what has not left yet;
 - `quarantine`: nodes that are avoided, by node pool.
 """
 
@@ -20,8 +21,10 @@ from typing import cast
 from studies.campaign_store import CampaignStore
 from studies.codec import Json, from_json, to_json
 from tuner.campaigns.campaign import Campaign, StoredCell, dump_rules, from_stored, stored_cells
+from tuner.campaigns.webhooks import Parcel
 
-RULES, CELLS, PAUSE, ENDED, TOLD, QUARANTINE = "rules", "cells", "pause", "ended", "told", "quarantine"
+RULES, CELLS, PAUSE, ENDED = "rules", "cells", "pause", "ended"
+TOLD, OUTBOX, QUARANTINE = "told", "outbox", "quarantine"
 _CELL, _SLICE = "cell.", "slice."
 MOST_TOLD = 2000
 
@@ -55,7 +58,8 @@ class Slice:
     """A portion of the budget: the study may go to so many `trials`, device-hours and dollars of its whole life.
 
     `worth` is the gain that was expected per share of the remaining budget, None for a study that had not begun.
-    `before_hours` and `before_dollars` are what the study had taken when it was given out.
+    `before_hours` and `before_dollars` are what the study had taken when it was given out. In a check, `trial` is to
+    have so many `runs`.
     """
 
     number: int
@@ -71,7 +75,8 @@ class Slice:
     before_hours: float = 0.0
     before_dollars: float = 0.0
     before_measured: int = 0
-    repeats: int | None = None
+    trial: int | None = None
+    runs: int | None = None
     end: SliceEnd | None = None
 
 
@@ -79,7 +84,8 @@ class Slice:
 class CellRecord:
     """Where a cell stands: `study` is the one of its `generation`; `closed` says why it is, None while it is open.
 
-    `earlier` are the studies of generations before.
+    `earlier` are the studies of generations before. `checked` are changes for which its best configuration was measured
+    again.
     """
 
     cell: str
@@ -88,6 +94,7 @@ class CellRecord:
     closed: str | None = None
     closed_s: float | None = None
     earlier: tuple[str, ...] = ()
+    checked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +132,7 @@ class Memory:
     pause: Pause | None = None
     ended: End | None = None
     told: tuple[str, ...] = ()
+    outbox: tuple[Parcel, ...] = ()
     quarantine: tuple[Suspect, ...] = ()
 
     def slices_of(self, cell: str) -> tuple[Slice, ...]:
@@ -168,6 +176,7 @@ class Record:
             pause=self.pause(),
             ended=None if found.get(ENDED) is None else from_json(End, found[ENDED]),
             told=tuple(map(str, cast("list[Json]", found.get(TOLD, [])))),
+            outbox=tuple(from_json(Parcel, data) for data in cast("list[Json]", found.get(OUTBOX, []))),
             quarantine=tuple(from_json(Suspect, data) for data in cast("list[Json]", found.get(QUARANTINE, []))),
         )
 
@@ -191,6 +200,10 @@ class Record:
     def note_told(self, keys: tuple[str, ...]) -> None:
         """Remember what has been told; the oldest is forgotten."""
         self.store.note(TOLD, list(keys[-MOST_TOLD:]))
+
+    def note_outbox(self, parcels: tuple[Parcel, ...]) -> None:
+        """Remember what has not left yet."""
+        self.store.note(OUTBOX, to_json(parcels))
 
     def note_quarantine(self, suspects: tuple[Suspect, ...]) -> None:
         """Remember which nodes are avoided."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Protocol
@@ -18,11 +18,15 @@ from studies.stopping import StopReason
 from studies.storage import Storage, open_lease_book
 from tuner.campaigns.campaign import Campaign
 from tuner.campaigns.look import Looker, View, utc_now
-from tuner.campaigns.policy import Choice, Offer, choose
-from tuner.campaigns.record import CellRecord, End, Record, Slice, SliceEnd, SliceKind, closed
+from tuner.campaigns.policy import Choice, Offer, choose, portion
+from tuner.campaigns.record import CellRecord, End, Record, Slice, SliceEnd, SliceKind, Suspect, closed
 from tuner.campaigns.slices import Order, SliceRunner
 from tuner.campaigns.standing import Cost, Standing
+from tuner.campaigns.watch import due, odd_nodes, verdict
 from tuner.observer import Observer
+from tuner.report_dashboard import publish
+from tuner.session import Again
+from tuner.stored import make_report
 from tuner.study_schema import BudgetSection, StudyFile
 
 ORDERS_S = 1.0
@@ -32,6 +36,7 @@ ENDED_BY = "the search ended: "
 BUDGET_USED = "the budget is used"
 NOTHING_LEFT = "nothing is left to gain: every study is closed"
 DEADLINE = "the deadline has passed"
+MOST_CHECKED = 50
 
 
 class CampaignObserver(Protocol):
@@ -51,7 +56,15 @@ class CampaignObserver(Protocol):
 
 
 class Listener(Protocol):
-    """Is told of everything that a webhook may want to know, and acts on what has changed."""
+    """Is told of everything that a webhook may want to know."""
+
+    def turned(self, view: View) -> None:
+        """The campaign as it stands; called about once a second."""
+        ...
+
+    def drifted(self, view: View, key: str, text: str, standing: Standing) -> None:
+        """Something is not what it was; `key` is the same for the same thing."""
+        ...
 
     def ended(self, view: View, slice_: Slice) -> None:
         """A slice has ended."""
@@ -93,6 +106,8 @@ class CampaignRun:
         try:
             while not self.is_stopping():
                 view = self._collect()
+                for listener in self.listeners:
+                    listener.turned(view)
                 reason = self._turn(view)
                 if reason is not None:
                     self._end(view, reason)
@@ -153,12 +168,18 @@ class CampaignRun:
         if view.hold() is not None or self._resting(view):
             return None
         if all(not standing.is_open for standing in view.standings):
-            return BUDGET_USED if any(s.record.closed == BUDGET_USED for s in view.standings) else NOTHING_LEFT
+            if self.campaign.rules.watch.every is not None and not self._closed_by_budget(view):
+                return None  # it goes on looking until its deadline
+            return BUDGET_USED if self._closed_by_budget(view) else NOTHING_LEFT
         now = view.now.timestamp()
         for standing in view.standings:  # what the budget holds no more closes every study; their fronts are confirmed
             if standing.is_open:
                 self.record.note_cell(closed(standing.record, BUDGET_USED, now))
+                self._publish(standing)
         return None
+
+    def _closed_by_budget(self, view: View) -> bool:
+        return any(standing.record.closed == BUDGET_USED for standing in view.standings)
 
     def _end(self, view: View, reason: str) -> None:
         self.record.note_end(End(at_s=self.clock().timestamp(), reason=reason))
@@ -180,11 +201,37 @@ class CampaignRun:
         offer = Offer(total=view.total, left=left, today=day, trials=rules.slices.trials)
         resting = {*self._busy(view), *self._resting(view), *self._given_up(view)}
         priorities = {cell.name: self.campaign.priority(cell) for cell in self.campaign.cells}
-        choice = choose(view.standings, priorities, offer, resting=resting)
+        choice = self._check(view, offer, resting) or choose(view.standings, priorities, offer, resting=resting)
         if choice is None:
             return False
         self._start(self._slice(choice, view), view)
         return True
+
+    def _check(self, view: View, offer: Offer, resting: Collection[str]) -> Choice | None:
+        """The best configuration of a study once more, where the ground has moved under it."""
+        watch = self.campaign.rules.watch
+        for standing in view.standings:
+            cost = standing.cost
+            if standing.cell.name in resting or cost is None or not offer.now.affords(cost):
+                continue
+            found = due(
+                standing,
+                view.trials_like(standing) if watch.environment else (),
+                every_s=watch.every,
+                now_s=view.now.timestamp(),
+            )
+            if found is not None and found.why not in standing.record.checked:
+                why = f"its best configuration is measured again: {found.why}"
+                return Choice(
+                    standing=standing,
+                    kind=SliceKind.CHECK,
+                    trials=0,
+                    purse=portion(offer.now, cost, 1),
+                    why=why,
+                    trial=found.trial,
+                    runs=found.runs,
+                )
+        return None
 
     def _promised(self, standing: Standing) -> Cost:
         """What the slice that runs in a cell may still take."""
@@ -237,6 +284,8 @@ class CampaignRun:
             before_hours=standing.spent.device_hours,
             before_dollars=standing.spent.dollars,
             before_measured=standing.measured,
+            trial=choice.trial,
+            runs=choice.runs,
         )
 
     def _start(self, slice_: Slice, view: View) -> None:
@@ -252,8 +301,11 @@ class CampaignRun:
         study = cell.study.model_copy(update={"name": slice_.study})
         avoid = tuple(s.host for s in view.memory.quarantine if s.pool in study.node_pools)
         self._running[slice_.study] = slice_
-        portion = portion_of(slice_, study, view.wall_s(), self.campaign)
-        order = Order(study=study, portion=portion, avoid=avoid)
+        again = None
+        if slice_.trial is not None and slice_.runs is not None:
+            again = Again(trial=slice_.trial, runs=slice_.runs)
+        limits = portion_of(slice_, study, view.wall_s(), self.campaign)
+        order = Order(study=study, portion=limits, again=again, avoid=avoid)
         self.slices.start(order, self.observer.study(slice_.study))
 
     def _resume_orphans(self, view: View) -> None:
@@ -303,8 +355,64 @@ class CampaignRun:
         if why is not None and standing.is_open:
             self.record.note_cell(closed(standing.record, why, self.clock().timestamp()))
             self.observer.note(f"{standing.record.study} is closed: {why}")
+        if why is not None or done.kind is not SliceKind.SEARCH:
+            self._publish(standing)
+        after = self._looker.view(self.record.memory(), self.clock())
         for listener in self.listeners:
-            listener.ended(self._looker.view(self.record.memory(), self.clock()), done)
+            listener.ended(after, done)
+        if done.kind is SliceKind.CHECK and not failed:
+            self._judge(after, done)
+        if self.campaign.rules.watch.quarantine:
+            self._quarantine(after, after.standing(done.cell))
+
+    def _judge(self, view: View, check: Slice) -> None:
+        """Compare what was measured again with what was before; a new study where it moved beyond the noise."""
+        standing = view.standing(check.cell)
+        moved = verdict(standing, check.trial or 0) if check.end and standing.progress.repeats else ()
+        clear = [str(each) for each in moved if each.is_clear]
+        why = check.why.partition(": ")[2]
+        told = "; ".join(map(str, moved)) or "the second measurement failed"
+        text = f"{check.study} was measured again ({why}): {told}"
+        record = replace(standing.record, checked=(*standing.record.checked, why)[-MOST_CHECKED:])
+        if clear:
+            number = record.generation + 1
+            record = CellRecord(
+                cell=record.cell,
+                study=f"{record.cell}.g{number}",
+                generation=number,
+                earlier=(*record.earlier, record.study),
+            )
+            text += f". A new study begins: {record.study}"
+        self.record.note_cell(record)
+        self.observer.note(text)
+        if clear:
+            for listener in self.listeners:
+                listener.drifted(view, f"moved:{check.number}", text, standing)
+
+    def _quarantine(self, view: View, standing: Standing) -> None:
+        """Avoid nodes whose controls differ from the others'; those whose time is over are tried again."""
+        now_s, limit_s = view.now.timestamp(), self.campaign.rules.watch.quarantine_for
+        kept = tuple(found for found in view.memory.quarantine if now_s - found.since_s < limit_s)
+        known = {found.host for found in kept}
+        pool = next(iter(standing.cell.study.node_pools))
+        fresh = [
+            Suspect(host=odd.host, pool=pool, since_s=now_s, why=odd.why)
+            for odd in odd_nodes(standing)
+            if odd.host not in known and len(standing.cell.study.node_pools) == 1
+        ]
+        if fresh or len(kept) < len(view.memory.quarantine):
+            self.record.note_quarantine((*kept, *fresh))
+        for suspect in fresh:
+            text = f"node {suspect.host} of pool {suspect.pool} is avoided from now on: {suspect.why}"
+            self.observer.note(text)
+            for listener in self.listeners:
+                listener.drifted(view, f"node:{suspect.host}:{suspect.since_s:.0f}", text, standing)
+
+    def _publish(self, standing: Standing) -> None:
+        """Plots for the dashboard, which portions of a study leave to who gives them out."""
+        history = self._looker.history(standing.record.study)
+        if history is not None:
+            publish(self.storage, make_report(history, standing.cell.study))
 
     def _why_closed(self, standing: Standing, last: Slice) -> str | None:
         """Why a study gets no more candidates; None where it may."""

@@ -167,6 +167,7 @@ class WatchSection(Section):
     quarantine: bool = Field(
         default=True, description="avoid nodes whose control measurements differ from the others'", examples=["true"]
     )
+    quarantine_for: Seconds = Field(default=7 * 86400.0, description="how long such a node is avoided", examples=["7d"])
 
 
 class WebhookSection(Section):
@@ -247,6 +248,12 @@ class CampaignFile(Rules):
     def _one_common_part(self) -> Self:
         if (self.study is None) == (self.common is None):
             raise KeyProblemError("study", "give study or common: the path of the common study file, or its keys")
+        return self
+
+    @model_validator(mode="after")
+    def _watching_has_an_end(self) -> Self:
+        if self.watch.every is not None and self.budget.deadline is None:
+            raise KeyProblemError("watch.every", "keeps the campaign going until a deadline; give budget.deadline")
         return self
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from search_spaces.errors import TunerError
 from tuner.log import warnings_to
 from tuner.places import find_place
 from tuner.progress import LineProgress
-from tuner.session import run_study
+from tuner.session import Again, run_study
 from tuner.signals import StopRequest
 from tuner.study_file import parse_study
 from tuner.study_schema import BudgetSection
@@ -38,10 +38,19 @@ def main(order: Path, address: str) -> int:
     told = json.loads(order.read_text(encoding="utf-8"))
     study = parse_study(told["study"], name=str(order))
     portion = BudgetSection.model_validate(told["portion"])
+    again = None if told["again"] is None else Again(**told["again"])
     try:
         with LineProgress(Console(markup=False, highlight=False)) as observer, warnings_to(observer.note):
             connect = connector(address, study, avoid=tuple(told["avoid"]))
-            run_study(study, find_place(None), connect=connect, stop=stopping(), observer=observer, portion=portion)
+            run_study(
+                study,
+                find_place(None),
+                connect=connect,
+                stop=stopping(),
+                observer=observer,
+                portion=portion,
+                again=again,
+            )
     except TunerError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -18,7 +18,7 @@ from search_spaces.errors import TunerError
 from tuner.access import Connect
 from tuner.observer import Observer
 from tuner.places import DATA_VARIABLE, STORAGE_VARIABLE, Place
-from tuner.session import run_study
+from tuner.session import Again, run_study
 from tuner.study_file import dump_study
 from tuner.study_schema import BudgetSection, StudyFile
 
@@ -28,10 +28,11 @@ END_LIMIT_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """A study, how far it is to go, and hosts that are to be avoided."""
+    """A study, how far it is to go, what it measures once more, and hosts that are to be avoided."""
 
     study: StudyFile
     portion: BudgetSection
+    again: Again | None = None
     avoid: tuple[str, ...] = ()
 
 
@@ -87,6 +88,7 @@ class SlicesHere:
                 stop=self._stop(),
                 observer=observer,
                 portion=order.portion,
+                again=order.again,
             )
         except TunerError as error:
             self._ended[name] = str(error)
@@ -182,7 +184,9 @@ class SlicesApart:
 
 def _order_text(order: Order) -> str:
     portion = order.portion.model_dump(mode="json", exclude_none=True)
-    return json.dumps({"study": dump_study(order.study), "portion": portion, "avoid": list(order.avoid)})
+    again = None if order.again is None else {"trial": order.again.trial, "runs": order.again.runs}
+    study = dump_study(order.study)
+    return json.dumps({"study": study, "portion": portion, "again": again, "avoid": list(order.avoid)})
 
 
 def _read(process: subprocess.Popen[str], tail: list[str], observer: Observer) -> None:

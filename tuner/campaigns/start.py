@@ -9,9 +9,11 @@ from studies.storage import Storage
 from tuner import wiring
 from tuner.access import Connect
 from tuner.campaigns.campaign import Campaign
+from tuner.campaigns.herald import Herald
 from tuner.campaigns.open import begin
 from tuner.campaigns.run import CampaignObserver, CampaignRun
 from tuner.campaigns.slices import SliceRunner, SlicesApart, SlicesHere
+from tuner.campaigns.webhooks import Post
 from tuner.places import Place
 from tuner.study_schema import StudyFile
 
@@ -35,6 +37,8 @@ def run_campaign(
     if ended is not None:
         observer.note(f"the campaign is over already: {ended.reason}; raise its budget to go on")
         return ended.reason
+    hooks = campaign.rules.notify
+    herald = Herald(record=record, post=Post(hooks), note=observer.note) if hooks else None
     run = CampaignRun(
         campaign=record.campaign(),
         record=record,
@@ -43,10 +47,15 @@ def run_campaign(
         slices=_slices(campaign, place, address),
         observer=observer,
         stop_requested=stop_requested,
+        listeners=[herald] if herald is not None else [],
     )
     if isinstance(run.slices, SlicesHere):
         run.slices.stop_requested = run.is_halted
-    return run.run()
+    try:
+        return run.run()
+    finally:
+        if herald is not None:
+            herald.close()
 
 
 def _slices(campaign: Campaign, place: Place, address: str | None) -> SliceRunner:

@@ -14,7 +14,7 @@ own standard deviations (Rasmussen and Williams, 2006, section 2.2, with the fac
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import groupby, islice
@@ -148,6 +148,24 @@ class CalibratedPredictor:
         added = self._features([c for c, _ in pairs], [p for _, p in pairs])
         believed = _believing(self.calibration.surrogates, added)
         return replace(self, calibration=replace(self.calibration, surrogates=believed))
+
+    def shared(self, candidates: Sequence[Candidate], metrics: Sequence[str]) -> Callable[[int], FloatArray]:
+        """A function of a row: covariance (candidates, metrics) of the logarithms of `metrics` with that candidate's.
+
+        It is that of the true values, without noise; none of what is not corrected. All candidates must be feasible.
+        """
+        known = [metric for metric in metrics if metric in self.calibration.surrogates]
+        surrogates = [self.calibration.surrogates[metric] for metric in known]
+        corrections = correct_all(surrogates, self._features(candidates, self.raw(candidates))) if known else ()
+        columns = [metrics.index(metric) for metric in known]
+
+        def covariance(row: int) -> FloatArray:
+            found = np.zeros((len(candidates), len(metrics)))
+            for column, correction in zip(columns, corrections, strict=True):
+                found[:, column] = correction.shared(row)
+            return found
+
+        return covariance
 
     def _features(self, candidates: Sequence[Candidate], raw: Sequence[Prediction]) -> Features:
         return features_of(candidates, (self.calibration.doubt(prediction) for prediction in raw), self.node_types)

@@ -168,11 +168,12 @@ def _distances(first: Features, second: Features) -> _Distances:
 def _mismatches(first: IntArray, second: IntArray) -> NDArray[np.uint8]:
     """Number of categories (a, b) in which candidates differ."""
     found = np.zeros((len(first), len(second)), dtype=np.uint8)
-    for column in range(first.shape[1]):
+    if found.size == 0:
+        return found
+    for column in np.flatnonzero((first != first[0]).any(0) | (second != first[0]).any(0)):
         names = np.unique(np.concatenate([first[:, column], second[:, column]]), return_inverse=True)[1]
-        if names.max(initial=0) > 0:
-            small = names.astype(np.uint8 if names.max() < 256 else np.int64)
-            found += small[: len(first), None] != small[None, len(first) :]
+        small = names.astype(np.uint8 if names.max() < 256 else np.int64)
+        found += small[: len(first), None] != small[None, len(first) :]
     return found
 
 

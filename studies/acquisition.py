@@ -268,22 +268,38 @@ def choose_batch(
     the batch does not ask the same question twice; without it only the front remembers a choice.
     """
     require(size >= 1, f"batch size={size} must be at least 1")
-    open_rows = np.ones(len(beliefs.mean), dtype=bool) if allowed is None else allowed.copy()
+    rows = np.arange(len(beliefs.mean)) if allowed is None else np.flatnonzero(allowed)
+    if len(rows) == 0:
+        return ()
+    return choose_ranked(beliefs, question, rank(beliefs, question, rows), size, rows=rows, covariances=covariances)
+
+
+def choose_ranked(
+    beliefs: Beliefs,
+    question: Question,
+    ranking: Ranking,
+    size: int,
+    *,
+    rows: IntArray,
+    covariances: Covariances | None = None,
+) -> tuple[Choice, ...]:
+    """`choose_batch` among candidates `rows`, whose `ranking` is known.
+
+    Gains only shrink as the front grows, so that later choices are found among the best of the first ranking.
+    """
+    choices, shortlist = [ranking.best], ranking.rows
+    left = np.zeros(len(beliefs.mean), dtype=bool)
+    left[rows] = True
     state, asked = beliefs, question
-    choices: list[Choice] = []
-    shortlist: IntArray | None = None
-    while len(choices) < size and open_rows.any():
-        rows = np.flatnonzero(open_rows) if shortlist is None else shortlist[open_rows[shortlist]]
-        if len(rows) == 0:
-            shortlist, rows = None, np.flatnonzero(open_rows)
-        ranking = rank(state, asked, rows)
-        choice = ranking.best
-        # Gains only shrink as the front grows, so that later choices are found among the best of the first ranking.
-        shortlist = ranking.rows if shortlist is None else shortlist
-        choices.append(choice)
-        open_rows[choice.row] = False
-        if len(choices) < size:
-            state, asked = _believe(state, asked, choice.row, covariances)
+    while len(choices) < size:
+        left[choices[-1].row] = False
+        among = shortlist[left[shortlist]]
+        if len(among) == 0:
+            among = shortlist = np.flatnonzero(left)
+        if len(among) == 0:
+            break
+        state, asked = _believe(state, asked, choices[-1].row, covariances)
+        choices.append(rank(state, asked, among).best)
     return tuple(choices)
 
 

@@ -64,10 +64,11 @@ class Generations:
             mean, individual = _individual(self._runs[repeated]), self._individuals[repeated]
             individual.values, individual.system_attrs = mean.values, mean.system_attrs
 
-    def next(self, request: Request | None = None) -> tuple[int, Choice | None]:
-        """The generation of the trial that begins now, and the child bred for `request`.
+    def next(self, request: Request | None = None) -> tuple[int, list[Choice]]:
+        """The generation of the trials that begin now, and the children bred for `request`.
 
-        There is no child in the first generation, nor without a request: for a trial whose candidate is known.
+        All trials that begin before the next one is told are of one generation. There are no children in the first one,
+        nor without a request: for trials whose candidates are known.
         """
         trial = self.study.ask()
         try:

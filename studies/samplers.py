@@ -67,7 +67,7 @@ class ScreenedBreeding:
     """The child generation strategy of NSGA-II: breeds `CHILDREN` children and returns the one the screen chooses.
 
     A trial that waits in the queue has its parameters already; it passes here only to be given its generation, and gets
-    nothing. `expect` announces a trial that wants a child, `take` hands over what was chosen for it.
+    nothing. `expect` announces trials that want children, `take` hands over what was chosen for them.
     """
 
     def __init__(self, space: Space, screen: Screen, population: int) -> None:
@@ -75,17 +75,17 @@ class ScreenedBreeding:
         self._screen = screen
         self._population = population
         self._request: Request | None = None
-        self._choice: Choice | None = None
+        self._choices: list[Choice] = []
         self._last: tuple[optuna.Study, dict[str, BaseDistribution], list[FrozenTrial]] | None = None
 
     def expect(self, request: Request) -> None:
         """The next call is for `request`."""
-        self._request, self._choice = request, None
+        self._request, self._choices = request, []
 
-    def take(self) -> Choice | None:
-        """What was chosen for the expected request; None where the sampler did not breed (first generation)."""
-        choice, self._request, self._choice = self._choice, None, None
-        return choice
+    def take(self) -> list[Choice]:
+        """What was chosen for the expected request; nothing where the sampler did not breed (first generation)."""
+        choices, self._request, self._choices = self._choices, None, []
+        return choices
 
     def __call__(
         self, study: optuna.Study, search_space: dict[str, BaseDistribution], parents: list[FrozenTrial]
@@ -95,8 +95,8 @@ class ScreenedBreeding:
         if request is None:
             return {}
         self._last = (study, search_space, parents)
-        self._choice = self._screen.choose(self.children(request), request)
-        genotype = self._space.encode(self._choice.candidate)
+        self._choices = self._screen.choose(self.children(request), request)
+        genotype = self._space.encode(self._choices[0].candidate)
         return {name: value for name, value in genotype.items() if name in search_space}
 
     def children(self, request: Request) -> list[Candidate]:

@@ -19,15 +19,18 @@ from studies.errors import SpaceExhausted
 from studies.pareto import front
 from studies.predictions import PredictionLog, Rejected
 from studies.records import Origin, TrialRecord
-from studies.worth import Appraiser, Option, Worth
+from studies.worth import Appraiser, Option, Shared, Worth
 
 Predict = Callable[[Sequence[Candidate]], list[Prediction]]
 
 SAMPLED, INCUMBENTS, REFINED = 96, 6, 6
 """Random candidates of a proposal; members of the front, and the model's favourites, whose neighbours are looked at."""
 
-THOUGHT_AT_ONCE = 8
-"""Candidates that are predicted in one step of thinking ahead: some ten milliseconds."""
+NEIGHBOURHOODS = 64
+"""Candidates whose neighbours are remembered."""
+
+THOUGHT_AT_ONCE = 32
+"""Candidates that are predicted in one step of thinking ahead: some tens of milliseconds."""
 
 UNSCREENED_EVERY = 10
 HOPELESS = 0.1
@@ -38,18 +41,21 @@ HOPELESS = 0.1
 class Request:
     """What the screen knows when trial `number` is asked for.
 
-    `tried` holds the keys that must not be proposed; `warm` the configurations whose deployments are up.
+    `tried` holds the keys that must not be proposed; `warm` the configurations whose deployments are up. `count` trials
+    are asked for at once, with the numbers from `number` on.
     """
 
     number: int
     trials: Sequence[TrialRecord]
     tried: AbstractSet[str]
     warm: tuple[ServingConfig, ...] = ()
+    count: int = 1
 
     @property
-    def is_unscreened(self) -> bool:
-        """True for one proposal in ten, by its number."""
-        return self.number % UNSCREENED_EVERY == UNSCREENED_EVERY - 1
+    def unscreened(self) -> tuple[bool, ...]:
+        """Of each trial asked for, True for one in ten, by its number."""
+        numbers = range(self.number, self.number + self.count)
+        return tuple(number % UNSCREENED_EVERY == UNSCREENED_EVERY - 1 for number in numbers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +63,7 @@ class Choice:
     """What the screen chose.
 
     `expected_gain` is the largest expected growth of the hypervolume that it saw, relative to what is held; None where
-    it did not choose by that.
+    it did not choose by that, and for all but the first of those that were chosen together: they were seen once.
     """
 
     candidate: Candidate
@@ -70,13 +76,23 @@ class Choice:
 class Screen:
     """Chooses candidates with a model; without one, the first that is new and can run."""
 
-    def __init__(self, problem: Problem, space: Space, seed: int, predict: Predict | None, log: PredictionLog) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        space: Space,
+        seed: int,
+        predict: Predict | None,
+        log: PredictionLog,
+        shared: Shared | None = None,
+    ) -> None:
         self._problem = problem
+        self._shared = shared
         self._space = space
         self._seed = seed
         self._predict = predict
         self._log = log
         self._genotypes = all_candidates(space)
+        self._near: dict[Candidate, tuple[Candidate, ...]] = {}
         self._witness: tuple[str, Candidate] | None = None
 
     def rng(self, number: int) -> random.Random:
@@ -109,42 +125,63 @@ class Screen:
                 "widen the space or lower the budget"
             )
 
-    def choose(self, suggested: Sequence[Candidate], request: Request) -> Choice:
-        """The candidate most worth measuring: of `suggested`, and of those that the screen itself thinks of.
+    def choose(self, suggested: Sequence[Candidate], request: Request) -> list[Choice]:
+        """The candidates most worth measuring, no two alike; one in ten is not chosen by the model.
+
+        There are `request.count` of them, or fewer at the end of the space; raises `SpaceExhausted` for none.
+        """
+        screened = 0 if self._predict is None else request.unscreened.count(False)
+        found = self._screened(suggested, replace(request, count=screened)) if screened else []
+        choices: list[Choice] = []
+        for index, unscreened in enumerate(request.unscreened):
+            if found and not unscreened:
+                choices.append(found.pop(0))
+                continue
+            tried = request.tried | {choice.key for choice in (*choices, *found)}
+            try:
+                one = replace(request, number=request.number + index, tried=tried, count=1)
+                choices.append(self._unscreened(suggested, one))
+            except SpaceExhausted:
+                break
+        if not choices:
+            raise SpaceExhausted("every candidate of the space has been tried or cannot run")
+        return choices
+
+    def _screened(self, suggested: Sequence[Candidate], request: Request) -> list[Choice]:
+        """What the model chooses: of `suggested`, and of those that the screen itself thinks of.
 
         Those are warm deployments under other loads, neighbours of the front, a random sample, and neighbours of what
         the model likes best of all these.
         """
-        appraiser = Appraiser(self._problem, request.trials, self.numpy_seed(request.number))
-        if self._predict is None or request.is_unscreened:
-            hopeful = self._holding(self._fresh(suggested, request), appraiser)
-            hopeful = hopeful or self._holding(self._fresh(self._sample(request), request), appraiser)
-            return self._unscreened(hopeful, request)
-        pool = [*suggested, *self._warm_candidates(request), *self._around_front(request), *self._sample(request)]
-        options = self._options(self._fresh(pool, request), request)
+        appraiser = self._appraiser(request)
+        options = self._options(self._fresh(self._pool(suggested, request), request), request)
         if not options:
-            return self._unscreened({}, request)
+            return []
         best = appraiser.appraise(options).order[:REFINED]
-        near = [other for index in best for other in self._space.neighbours(options[index].candidate)]
+        near = [other for index in best for other in self._neighbours(options[index].candidate)]
         known = {option.key for option in options}
         options += self._options(self._fresh(near, request, known), request)
-        return self._decide(options, appraiser.appraise(options), request)
+        return self._decide(options, appraiser.appraise(options, request.count), request)
+
+    def _appraiser(self, request: Request) -> Appraiser:
+        return Appraiser(self._problem, request.trials, self.numpy_seed(request.number), self._shared)
+
+    def _pool(self, suggested: Sequence[Candidate], request: Request) -> list[Candidate]:
+        return [*suggested, *self._warm_candidates(request), *self._around_front(request), *self._sample(request)]
 
     def think(self, suggested: Sequence[Candidate], request: Request) -> Iterator[None]:
         """Predict what `choose` will want to know, `THOUGHT_AT_ONCE` candidates a step: a model remembers its answers.
 
         What differs in `choose` are the trials told meanwhile: most of the candidates are the same.
         """
-        if self._predict is None or request.is_unscreened:
+        if self._predict is None or all(request.unscreened):
             return
-        pool = [*suggested, *self._warm_candidates(request), *self._around_front(request), *self._sample(request)]
         options: list[Option] = []
-        yield from self._think_of(pool, request, options)
+        yield from self._think_of(self._pool(suggested, request), request, options)
         if options:
-            appraiser = Appraiser(self._problem, request.trials, self.numpy_seed(request.number))
-            best = appraiser.appraise(options).order[:REFINED]
+            best = self._appraiser(request).appraise(options).order[:REFINED]
             yield
-            near = [other for index in best for other in self._space.neighbours(options[index].candidate)]
+            near = [other for index in best for other in self._neighbours(options[index].candidate)]
             yield from self._think_of(near, request, [])
 
     def _think_of(self, pool: Sequence[Candidate], request: Request, options: list[Option]) -> Iterator[None]:
@@ -158,25 +195,30 @@ class Screen:
                     options.append(Option(candidate=candidate, key=candidate.key, prediction=prediction))
             yield
 
-    def _decide(self, options: Sequence[Option], worth: Worth, request: Request) -> Choice:
-        """Choose the first of `worth` and write down the others."""
+    def _decide(self, options: Sequence[Option], worth: Worth, request: Request) -> list[Choice]:
+        """What `worth` chose; the others are written down."""
         rates = dict(zip(worth.order.tolist(), worth.rates.tolist(), strict=True))
-        chosen = options[worth.order[0]]
         for index, option in enumerate(options):
-            if option is not chosen:
+            if index not in worth.chosen:
                 rejected = self._rejected(request, option.candidate, option.key, "outscored")
                 self._log.add(replace(rejected, metrics=option.prediction.metrics, score=rates.get(index)))
-        return Choice(
-            candidate=chosen.candidate,
-            key=chosen.key,
-            origin=Origin.WARM if chosen.is_warm else Origin.SCREENED,
-            prediction=chosen.prediction,
-            expected_gain=worth.gain,
-        )
+        return [
+            Choice(
+                candidate=chosen.candidate,
+                key=chosen.key,
+                origin=Origin.WARM if chosen.is_warm else Origin.SCREENED,
+                prediction=chosen.prediction,
+                expected_gain=worth.gain if place == 0 else None,
+            )
+            for place, chosen in enumerate(options[index] for index in worth.chosen)
+        ]
 
-    def _unscreened(self, fresh: dict[str, Candidate], request: Request) -> Choice:
-        """The first new candidate, whatever the model says of it; any untried one where there is none."""
-        pool = fresh or self._fresh(self._sample(request), request)
+    def _unscreened(self, suggested: Sequence[Candidate], request: Request) -> Choice:
+        """The first new candidate that failures do not speak against, whatever the model says; else any untried one."""
+        appraiser = self._appraiser(request)
+        pool = self._holding(self._fresh(suggested, request), appraiser)
+        pool = pool or self._holding(self._fresh(self._sample(request), request), appraiser)
+        pool = pool or self._fresh(self._sample(request), request)
         found = next(iter(pool.items()), None) or self._next_untried(request.tried)
         if found is None:
             raise SpaceExhausted("every candidate of the space has been tried or cannot run")
@@ -199,7 +241,15 @@ class Screen:
         """Neighbours of the front's members, those of the last ones where there are too many."""
         directions = [objective.direction for objective in self._problem.objectives]
         members = sorted(front(request.trials, directions), key=lambda trial: trial.number)[-INCUMBENTS:]
-        return [other for trial in members if trial.candidate for other in self._space.neighbours(trial.candidate)]
+        return [other for trial in members if trial.candidate for other in self._neighbours(trial.candidate)]
+
+    def _neighbours(self, candidate: Candidate) -> tuple[Candidate, ...]:
+        """As the space has them; those of the front are wanted at every ask."""
+        found = self._near.pop(candidate, None) or tuple(self._space.neighbours(candidate))
+        self._near[candidate] = found  # at the end: it was wanted last
+        if len(self._near) > NEIGHBOURHOODS:
+            del self._near[next(iter(self._near))]
+        return found
 
     def _warm_candidates(self, request: Request) -> list[Candidate]:
         """The deployments that are up, under every load of the space."""

@@ -46,9 +46,10 @@ class TrialWriter:
         """A new trial that waits, with all its parameters and its plan."""
         self._create(plan, OptunaState.WAITING, {PROPOSAL: encode_plan(plan)}, {})
 
-    def begin(self, plan: Plan, generation: int) -> None:
-        """A new trial that runs."""
-        self._create(plan, OptunaState.RUNNING, self._running_attrs(plan), {GENERATION: generation})
+    def begin(self, plan: Plan, generation: int) -> int:
+        """A new trial that runs; returns its number."""
+        trial_id = self._create(plan, OptunaState.RUNNING, self._running_attrs(plan), {GENERATION: generation})
+        return self.storage.backend.get_trial_number_from_id(trial_id)
 
     def start(self, trial_id: int, known: Collection[str], plan: Plan, generation: int | None) -> None:
         """Let a trial that waits run; parameters are added to those that are `known` of it.
@@ -113,7 +114,7 @@ class TrialWriter:
 
     def _create(
         self, plan: Plan, state: OptunaState, user_attrs: Mapping[str, Json], system_attrs: Mapping[str, Json]
-    ) -> None:
+    ) -> int:
         template = create_trial(
             state=state,
             params=dict(self.space.encode(plan.candidate)),
@@ -122,7 +123,7 @@ class TrialWriter:
             system_attrs=dict(system_attrs),
         )
         template.datetime_start = datetime.now() if state is OptunaState.RUNNING else None  # noqa: DTZ005 - as Optuna
-        self.storage.backend.create_new_trial(self.study_id, template_trial=template)
+        return self.storage.backend.create_new_trial(self.study_id, template_trial=template)
 
     def _running_attrs(self, plan: Plan) -> dict[str, Json]:
         proposal = encode_plan(replace(plan, lease=self.lease))

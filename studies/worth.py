@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import moocore
@@ -20,10 +20,12 @@ from studies.acquisition import (
     NO_GAIN,
     Beliefs,
     BoolArray,
+    Covariances,
     FloatArray,
     IntArray,
     Question,
     Ranking,
+    choose_ranked,
     feasible_probability,
     front_scale,
     rank,
@@ -39,6 +41,9 @@ LIKELY, LIKELY_SAMPLES = 0.5, 16
 """Candidates that hold and meet every SLO with this probability set the hypervolume's scale, where there are any."""
 
 _LEAST = 1e-12
+
+Shared = Callable[[Sequence[Candidate], Sequence[str]], Callable[[int], FloatArray]]
+"""(candidates (n,), metrics (k,)) -> row -> covariance (n, k) of the logarithm of each metric with that candidate's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,20 +61,25 @@ class Worth:
     """Options in the order of their worth.
 
     `order` (c,) indexes those looked at closely, best first; `rates` (c,) are their expected improvements per second
-    and device. `gain` is the largest expected improvement among them, relative to the hypervolume that is held or
-    expected of what is being measured; 0 where no option is expected to gain anything, None where nothing is held yet.
+    and device. `chosen` indexes those to measure: the best, and what goes best with it. `gain` is the largest expected
+    improvement among all, relative to the hypervolume that is held or expected of what is being measured; 0 where no
+    option is expected to gain anything, None where nothing is held yet.
     """
 
     order: NDArray[np.int64]
     rates: FloatArray
     gain: float | None
+    chosen: tuple[int, ...]
 
 
 class Appraiser:
     """Ranks options by what a study has measured so far."""
 
-    def __init__(self, problem: Problem, trials: Sequence[TrialRecord], seed: int = 0) -> None:
+    def __init__(
+        self, problem: Problem, trials: Sequence[TrialRecord], seed: int = 0, shared: Shared | None = None
+    ) -> None:
         self._problem = problem
+        self._shared = shared
         self._trials = trials
         self._seed = seed
         self._costs = costs_of(trials)
@@ -84,22 +94,50 @@ class Appraiser:
         """Probability (n,) that each candidate starts and holds."""
         return self._holding.probability(candidates)
 
-    def appraise(self, options: Sequence[Option]) -> Worth:
-        """Rank `options`, at least one; raises `InvalidValueError` where the model does not predict an objective."""
+    def appraise(self, options: Sequence[Option], size: int = 1) -> Worth:
+        """Rank `options`, at least one, and choose `size` of them jointly, or as many as there are.
+
+        What is chosen counts as measured at its mean for those chosen after it. Raises `InvalidValueError` where the
+        model does not predict an objective.
+        """
         beliefs = self._beliefs(options)
         everyone = np.arange(len(options))
         question = self._question(beliefs, everyone)
         ranking = rank(beliefs, question)
         if ranking.gains[0] <= NO_GAIN:
-            return self._by_feasibility(beliefs, question, everyone)
-        rates = ranking.gains / beliefs.seconds[ranking.rows]
-        return Worth(order=ranking.rows, rates=rates, gain=_relative_gain(ranking, question))
+            return self._by_feasibility(beliefs, question, everyone, size)
+        chosen = choose_ranked(
+            beliefs,
+            question,
+            ranking,
+            size,
+            rows=everyone,
+            covariances=self._covariances(options) if size > 1 else None,
+        )
+        return Worth(
+            order=ranking.rows,
+            rates=ranking.gains / beliefs.seconds[ranking.rows],
+            gain=_relative_gain(ranking, question),
+            chosen=tuple(choice.row for choice in chosen),
+        )
 
-    def _by_feasibility(self, beliefs: Beliefs, question: Question, rows: IntArray) -> Worth:
+    def _covariances(self, options: Sequence[Option]) -> Covariances | None:
+        """What measuring one of `options` would tell of the others; None where the model does not say."""
+        if self._shared is None:
+            return None
+        shared = self._shared([option.candidate for option in options], self._metrics)
+        return lambda row, rows: shared(row)[rows]
+
+    def _by_feasibility(self, beliefs: Beliefs, question: Question, rows: IntArray, size: int) -> Worth:
         """Where nothing is expected to gain: the likeliest to meet every SLO first, of equal ones the nearest to it."""
         feasible = feasible_probability(beliefs, question, rows)
         order = np.lexsort((self._missed(beliefs.mean), -feasible / beliefs.seconds))
-        return Worth(order=order, rates=np.zeros(len(order)), gain=0.0 if len(question.measured) else None)
+        return Worth(
+            order=order,
+            rates=np.zeros(len(order)),
+            gain=0.0 if len(question.measured) else None,
+            chosen=tuple(order[:size].tolist()),
+        )
 
     def _beliefs(self, options: Sequence[Option]) -> Beliefs:
         predictions = [option.prediction for option in options]

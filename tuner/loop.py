@@ -7,15 +7,17 @@ measured again until each has the runs that the study wants, and so are those th
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster.runner import Running, TrialHandle, TrialRequest, TrialRunner
 from perf_model.calibration import CalibratedPredictor
+from perf_model.numeric import FloatArray
 from search_spaces.measuring import MeasurementRule, TimeLimits
 from search_spaces.outcome import Failure, Outcome, Prediction
 from search_spaces.problem import Problem
@@ -30,6 +32,8 @@ from tuner.observer import RECENT_TRIALS, Observer, Snapshot, Trying
 from tuner.utilisation import Utilisation
 
 POLL_S = 0.1
+ASKED_AT_ONCE = 8
+"""Candidates that are chosen jointly, at most: the first of them waits for the last to be chosen."""
 LEARNT_FROM = 400
 """Measurements that the model learns from: half of them the latest, the others spread over all earlier ones.
 
@@ -52,12 +56,24 @@ class LearningModel:
 
     def __init__(self, predictor: CalibratedPredictor) -> None:
         self._learned = predictor
-        self._predictor = predictor
+        self._believing: CalibratedPredictor | None = predictor
+        self._open: tuple[Candidate, ...] = ()
         self._known: frozenset[int] = frozenset()
+
+    @property
+    def _predictor(self) -> CalibratedPredictor:
+        """As corrected so far, with what is open believed: made when it is asked for, not at every change."""
+        if self._believing is None:
+            self._believing = self._learned.believing(self._open)
+        return self._believing
 
     def predict(self, candidates: Sequence[Candidate]) -> list[Prediction]:
         """One prediction for each candidate, in order, as corrected so far."""
         return self._predictor.predict(candidates)
+
+    def shared(self, candidates: Sequence[Candidate], metrics: Sequence[str]) -> Callable[[int], FloatArray]:
+        """What the predictions of `candidates` have in common; see `CalibratedPredictor.shared`."""
+        return self._predictor.shared(candidates, metrics)
 
     def learn(self, trials: Sequence[TrialRecord]) -> None:
         """Calibrate anew on the measured `trials`, and believe what is predicted of those being measured."""
@@ -74,7 +90,8 @@ class LearningModel:
 
     def believe(self, trials: Sequence[TrialRecord]) -> None:
         """Take what is being measured among `trials` for measured as predicted, so that nothing alike is asked."""
-        self._predictor = self._learned.believing([t.candidate for t in trials if t.candidate and self._is_open(t)])
+        self._open = tuple(t.candidate for t in trials if t.candidate and self._is_open(t))
+        self._believing = None
 
     def _is_open(self, trial: TrialRecord) -> bool:
         is_new = trial.measurement is not None and trial.number not in self._known
@@ -153,6 +170,7 @@ class Search:
     sleep: Callable[[float], None] = time.sleep
     utilisation: Utilisation = field(init=False)
     _trying: list[_InFlight] = field(default_factory=list)
+    _unstarted: list[Proposal] = field(default_factory=list)
     _exhausted: bool = False
     _time_is_up: bool = False
     _confirming: bool = False
@@ -175,7 +193,7 @@ class Search:
                 reason = self._reason_to_stop()
                 self.utilisation.add(self.clock(), self._reserved(), proposals_remain=reason is None)
                 if len(self._trying) < self.plan.in_flight:
-                    self._begin() if reason is None else self._confirm(reason)
+                    self._begin(self._wanted()) if reason is None else self._confirm(reason)
                 if reason is not None and not self._trying:
                     return reason
                 self._collect()
@@ -207,29 +225,35 @@ class Search:
         expected_s = confirmation_s(trials, self.study.front(), rule, self.plan.in_flight)
         return min(expected_s, CONFIRMING_SHARE * wall_s)
 
-    def _reason_to_stop(self) -> StopReason | None:
-        """Why no further candidate is asked for. Time that is up once stays so, though confirming then needs less."""
+    def _reason_to_stop(self, more: int = 0) -> StopReason | None:
+        """Why no candidate is asked for once `more` have begun.
+
+        Time that is up once stays so, though confirming then needs less.
+        """
         needed_s = self._elapsed_s + self._view.confirming_s
-        budget = self.plan.budget
+        budget, view = self.plan.budget, self._view
         self._time_is_up = self._time_is_up or (budget.wall_s is not None and needed_s >= budget.wall_s)
         elapsed_s = math.inf if self._time_is_up else needed_s
-        view = self._view
-        return stop_reason(
-            budget, view.progress, elapsed_s=elapsed_s, space_exhausted=self._exhausted, spent=view.spent
-        )
+        progress = replace(view.progress, running=view.progress.running + more)
+        return stop_reason(budget, progress, elapsed_s=elapsed_s, space_exhausted=self._exhausted, spent=view.spent)
+
+    def _wanted(self) -> int:
+        """Candidates to ask for at once: for every free place, as far as the budget goes."""
+        free = min(self.plan.in_flight - len(self._trying), ASKED_AT_ONCE)
+        return 1 + sum(1 for _ in itertools.takewhile(lambda more: self._reason_to_stop(more) is None, range(1, free)))
 
     @property
     def _elapsed_s(self) -> float:
         return self.clock() - self._started
 
-    def _begin(self) -> None:
-        """Ask for a candidate and start measuring it."""
+    def _begin(self, wanted: int) -> None:
+        """Ask for candidates and start measuring them."""
         try:
-            proposal = self.study.ask(warm=self.runner.warm())
+            proposals = self.study.ask_batch(wanted, warm=self.runner.warm())
         except SpaceExhausted:
             self._exhausted = True
             return
-        self._start(proposal)
+        self._start(proposals)
 
     def _confirm(self, reason: StopReason) -> None:
         """Measure again what the front is made of, once no candidate is being measured any more."""
@@ -246,15 +270,20 @@ class Search:
             self._confirming = True
             runs = self.study.setup.repeats.confirm
             self.observer.note(f"{reason}; confirming the front: {runs} runs of each member")
-        self._start(proposal)
+        self._start([proposal])
 
-    def _start(self, proposal: Proposal) -> None:
-        handle = self.runner.start(self._request(proposal))
-        self._trying.append(_InFlight(proposal=proposal, handle=handle, state=Running(phase="start", elapsed_s=0.0)))
+    def _start(self, proposals: Sequence[Proposal]) -> None:
+        self._unstarted = list(proposals)
+        while self._unstarted:
+            proposal = self._unstarted[0]
+            handle = self.runner.start(self._request(proposal))
+            started = Running(phase="start", elapsed_s=0.0)
+            self._trying.append(_InFlight(proposal=proposal, handle=handle, state=started))
+            self._unstarted.pop(0)
+            self.observer.begun(proposal)
         self._look()
         self.model.believe(self._view.trials)
         self._thoughts = self._new_thoughts()
-        self.observer.begun(proposal)
 
     def _request(self, proposal: Proposal) -> TrialRequest:
         directory = self._folder(proposal)
@@ -345,4 +374,8 @@ class Search:
             self.runner.stop(trial.handle)
             self.study.release(trial.proposal)
             shutil.rmtree(self._folder(trial.proposal), ignore_errors=True)
+        for proposal in self._unstarted:
+            self.study.release(proposal)
+            shutil.rmtree(self._folder(proposal), ignore_errors=True)
         self._trying.clear()
+        self._unstarted.clear()

@@ -133,6 +133,22 @@ def test_what_the_model_doubts_more_than_usual_keeps_a_wider_interval() -> None:
     assert one.log_stddev["ttft_p50_ms"] > 1.3 * other.log_stddev["ttft_p50_ms"]
 
 
+def test_what_candidates_share_is_what_measuring_one_of_them_tells_of_the_others() -> None:
+    """The covariance gives the variance that is left after an observation, noise included, in every metric."""
+    told = [(at(n, tp), figures(at(n, tp), 1.5)) for n in (1, 3) for tp in (1, 2)]
+    learnt = make().learned(told)
+    candidates, metrics = [at(4), at(5), at(4, tp=4), at(9, kv="q8_0")], ["devices", "ttft_p50_ms", "ttft_p99_ms"]
+    shared = learnt.shared(candidates, metrics)(1)
+    assert shared.shape == (4, 3)
+    assert not shared[:, 0].any(), "nobody corrects the number of devices"
+    before, after = learnt.predict(candidates), learnt.believing([candidates[1]]).predict(candidates)
+    for column, metric in enumerate(metrics[1:], start=1):
+        noise = before[1].log_noise[metric] ** 2
+        for row, (old, new) in enumerate(zip(before, after, strict=True)):
+            gone = shared[row, column] ** 2 / (shared[1, column] + noise)
+            assert new.log_stddev[metric] ** 2 == pytest.approx(old.log_stddev[metric] ** 2 - gone, rel=1e-4), metric
+
+
 def test_believing_a_candidate_narrows_what_is_alike_and_moves_no_mean() -> None:
     learnt = make().learned([(at(n), figures(at(n), 2.0)) for n in (1, 2)])
     near, far = at(8, kv="q8_0"), at(8, roles=DISAGG, tp=8)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cluster.runner import TrialHandle, TrialRequest
 from perf_model.calibration import CalibratedPredictor
 from search_spaces.measuring import MeasurementRule, TimeLimits
 from search_spaces.outcome import Prediction
-from studies.records import TrialStatus
+from search_spaces.serving import ServingConfig
+from studies.records import Proposal, TrialStatus
 from studies.stopping import Budget, StopReason
 from studies.storage import open_storage
 from studies.study import Study, create_study
@@ -102,6 +104,7 @@ def test_a_large_study_learns_anew_when_a_hundredth_more_was_measured(tmp_path: 
     fits.clear(), believed.clear()
     for count in range(250, 260):
         model.learn(many[:count])
+        model.predict([one.candidate])  # type: ignore[list-item]  # it was measured and has one
     assert fits == [250, 253, 256, 259]
     assert believed == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0], "what is not learnt yet is believed as predicted"
 
@@ -143,6 +146,46 @@ def test_an_exception_leaves_no_trial_in_flight(tmp_path: Path) -> None:
         running.run()
     assert len(runner.stopped) == 2
     assert not any(trial.status is TrialStatus.RUNNING for trial in study.trials())
+
+
+def test_all_free_places_are_asked_for_at_once_as_far_as_the_budget_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    ask_batch = Study.ask_batch
+
+    def noted(study: Study, most: int, warm: Sequence[ServingConfig] = ()) -> tuple[Proposal, ...]:
+        found = ask_batch(study, most, warm)
+        asked.append((most, len(found)))
+        return found
+
+    monkeypatch.setattr(Study, "ask_batch", noted)
+    model = LearningModel(CalibratedPredictor(model=Biased()))
+    study = make_study(tmp_path, model, 10, 4)
+    runner = MemoryRunner(polls=2)
+    assert search(study, runner, tmp_path, 4, model).run() is StopReason.TRIALS
+    assert asked == [(4, 4), (4, 4), (2, 2)]
+    assert runner.most_in_flight == 4
+    assert len({trial.key for trial in study.trials()}) == 10
+
+
+def test_what_was_asked_for_and_could_not_be_started_is_given_back(tmp_path: Path) -> None:
+    model = LearningModel(CalibratedPredictor(model=Biased()))
+    study = make_study(tmp_path, model, 10, 4)
+    runner = MemoryRunner()
+    running = search(study, runner, tmp_path, 4, model)
+
+    def explode(request: TrialRequest) -> TrialHandle:
+        if len(runner.requests) == 2:
+            raise OSError("too many open files")
+        return MemoryRunner.start(runner, request)
+
+    runner.start = explode  # type: ignore[method-assign]  # the fault under test
+    with pytest.raises(OSError, match="too many open files"):
+        running.run()
+    statuses = [trial.status for trial in study.trials()]
+    assert statuses == [TrialStatus.LOST] * 4 + [TrialStatus.WAITING] * 4
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_the_recent_gain_needs_something_to_grow_from() -> None:

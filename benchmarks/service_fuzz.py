@@ -82,7 +82,7 @@ def fuzz(requests: int, seed: int, folder: Path, phases: tuple[str, ...] = PHASE
         command += ["--phases", ",".join(phases), "--max-examples", str(max(1, requests // operations))]
         command += ["--seed", str(seed), "--continue-on-failure", "--no-shrink", "--suppress-health-check", "all"]
         command += ["--request-timeout", "60", "--warnings", "off"]
-        environment = {**os.environ, "SCHEMATHESIS_HOOKS": "benchmarks.service_fuzz_hooks", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "SCHEMATHESIS_HOOKS": "tests.support.fuzz_hooks", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     for run in served.runs.all():
         run.process.wait(60)

@@ -81,9 +81,7 @@ def _where(layer: str, line: int | None) -> str:
 @config_app.command("layers")
 def layers(folders: Folders = None, as_json: AsJson = False) -> None:
     """List all layers, lowest first, with their conditions."""
-    from tuner.layers_file import Stage
-
-    found = [layer for layer in _known(folders) if layer.stage is not Stage.PROFILE]
+    found = known_layers(folders)
     if as_json:
         print(json.dumps([_layer_json(layer) for layer in found], indent=2, ensure_ascii=False))
         return
@@ -105,7 +103,7 @@ def fields() -> None:
 @profiles_app.command("list")
 def list_profiles(folders: Folders = None, as_json: AsJson = False) -> None:
     """List the profiles by kind."""
-    found = _profiles(folders)
+    found = known_profiles(folders)
     if as_json:
         print(json.dumps([_layer_json(layer) for layer in found], indent=2, ensure_ascii=False))
         return
@@ -123,7 +121,7 @@ def show_profile(
     """Print what a profile sets, for what it is, and where its figures come from."""
     from tuner.layers_file import LayerError
 
-    found = {layer.name: layer for layer in _profiles(folders)}
+    found = {layer.name: layer for layer in known_profiles(folders)}
     if name not in found:
         raise LayerError(f"profile {name!r} is unknown; choose {', '.join(found)}")
     layer = found[name]
@@ -140,7 +138,15 @@ def _known(folders: Sequence[Path] | None) -> list[Layer]:
     return list(read_layers(layer_folders(folders or [])).values())
 
 
-def _profiles(folders: Sequence[Path] | None) -> list[Layer]:
+def known_layers(folders: Sequence[Path] | None) -> list[Layer]:
+    """All layers but profiles, lowest first."""
+    from tuner.layers_file import Stage
+
+    return [layer for layer in _known(folders) if layer.stage is not Stage.PROFILE]
+
+
+def known_profiles(folders: Sequence[Path] | None) -> list[Layer]:
+    """The profiles, by kind."""
     from tuner.layers_file import ProfileKind, Stage
 
     found = [layer for layer in _known(folders) if layer.stage is Stage.PROFILE and layer.kind is not None]

@@ -10,42 +10,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from studies.storage import open_storage
-from tests.support.commands import TEXT, commands_in
+from tests.support.toy_study import study_text, toy_storage
 from tuner.places import existing_place
 from tuner.serve.access import Tokens
 from tuner.serve.app import make_app
 from tuner.serve.context import Service
 from tuner.serve.runs import Runs
 
+__all__ = ["READ", "TOKENS", "WRITE", "client", "listening", "service", "study_text", "toy_storage"]
 READ, WRITE = "r" * 32, "w" * 32
 TOKENS = Tokens(read=READ, write=WRITE)
 MEMORY_CLI = (sys.executable, str(Path(__file__).with_name("memory_cli.py")))
-
-
-class _Silent:
-    def readouterr(self) -> tuple[str, str]:
-        return "", ""
-
-
-def toy_storage(folder: Path, text: str = TEXT) -> str:
-    """URL of a storage in `folder` with the study of `text`, run by the real command on trials measured in memory."""
-    with pytest.MonkeyPatch.context() as patch:
-        invoke = commands_in(folder, patch, _Silent())  # type: ignore[arg-type]  # a capture by its behaviour
-        (folder / "study.yaml").write_text(text)
-        done = invoke("study", "run", "study.yaml", "--no-progress")
-        assert done.code == 0
-    return f"sqlite:///{folder / 'tuner-data' / 'studies.db'}"
-
-
-def study_text(name: str, *, trials: int = 3) -> str:
-    """A study file that runs in memory, called `name`."""
-    return TEXT.replace("name: toy", f"name: {name}").replace("trials: 5", f"trials: {trials}")
 
 
 def service(

@@ -35,12 +35,18 @@ class BenchmarkFailedError(TunerError):
     exit_code = 3
 
 
-def show_bench(benchmark: Benchmark, url: str, timings: Path, *, seed: int | None, as_json: bool) -> None:
-    """Run `benchmark` against `url` and print its figures; raises `BenchmarkFailedError` with the reason for none."""
+def measured_at(benchmark: Benchmark, url: str, timings: Path, *, seed: int | None) -> LoadMeasurement:
+    """What `benchmark` gives at `url`; raises `BenchmarkFailedError` with the reason where that is nothing."""
     run = load_run(benchmark, url, timings=timings, seed=seed, api_key=os.environ.get(API_KEY_VARIABLE))
     outcome = run_benchmark(benchmark, run)
     if not isinstance(outcome, LoadMeasurement):
         raise BenchmarkFailedError(f"no measurement ({outcome.reason}): {outcome.detail}")
+    return outcome
+
+
+def show_bench(benchmark: Benchmark, url: str, timings: Path, *, seed: int | None, as_json: bool) -> None:
+    """Run `benchmark` against `url` and print its figures; raises `BenchmarkFailedError` with the reason for none."""
+    outcome = measured_at(benchmark, url, timings, seed=seed)
     now = outcome.metrics.flat()
     if as_json:
         tree = {

@@ -74,12 +74,9 @@ def deploy(  # noqa: PLR0913, PLR0917 - a parameter is an option of the command
     history = history_of(place, study)
     file = stored_file(history, place)
     chosen = choose(make_report(history, file), file, trial, objective)
-    _check_empty(out)
-    with _cleared_after_errors(out):
-        output, files = make_files(
-            chosen, target, out, port=port, hosts=tuple(hosts or ()), image=image, router_image=router_image
-        )
-        write_files(files, out)
+    output, files = deploy_to(
+        out, chosen, target, port=port, hosts=tuple(hosts or ()), image=image, router_image=router_image
+    )
     if as_json:
         print(json.dumps(_summary(chosen, target, output, files), indent=2))
     else:
@@ -160,6 +157,24 @@ def _show_confirmations(found: list[Confirmation], *, as_json: bool) -> None:
     console.print(table_of(found))
     for confirmation in found:
         console.print(f"  {confirmation.trial:>5}  {confirmation.configuration}")
+
+
+def deploy_to(
+    out: Path,
+    chosen: Chosen,
+    target: Target,
+    *,
+    port: int = 8000,
+    hosts: tuple[str, ...] = (),
+    image: str | None = None,
+    router_image: str | None = None,
+) -> tuple[Output, tuple[OutFile, ...]]:
+    """Write the files of `chosen` for `target` to `out`, which is empty or new, and stays empty after an error."""
+    _check_empty(out)
+    with _cleared_after_errors(out):
+        output, files = make_files(chosen, target, out, port=port, hosts=hosts, image=image, router_image=router_image)
+        write_files(files, out)
+    return output, files
 
 
 def make_files(

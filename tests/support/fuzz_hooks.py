@@ -1,4 +1,4 @@
-"""What Schemathesis is told for `service_fuzz.py`: names of studies that exist, and study files that nearly do."""
+"""What Schemathesis is told for `benchmarks/service_fuzz.py`: names of studies that exist, studies that nearly do."""
 
 from __future__ import annotations
 

@@ -194,6 +194,6 @@ def test_a_study_that_cannot_run_is_not_begun(url: str) -> None:
         answer = submit(asked, text)
         assert (answer.status_code, part in answer.json()["detail"]) == (422, True), answer.text
     assert served.runs.all() == ()
-    for body in ({"trials": 0}, {"storage": "sqlite://"}, {"trials": "many"}):
+    for body in ({"trials": 0}, {"storage": "sqlite://"}, {"trials": "many"}, {"trials": True}, {"cost": "5"}):
         assert asked.post("/api/v1/studies/toy/resume", json=body).status_code == 422
     assert asked.post("/api/v1/studies/none/resume", json={}).status_code == 404

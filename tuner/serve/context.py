@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from fastapi import Depends, HTTPException, Path, Request
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, ConfigDict
 
 from studies.storage import Storage
 from tuner import report
@@ -33,6 +34,12 @@ class Service:
     tokens: Tokens
     runs: Runs
     computing: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Body(BaseModel):
+    """Base of what is sent: unknown keys and silent conversions are errors, as in a study file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def service_of(request: Request) -> Service:
@@ -77,7 +84,7 @@ GUARDED: Responses = ALWAYS | {
     503: told("the storage cannot be reached"),
 }
 NOT_FOUND: Responses = {404: told("no such study")}
-BODY: Responses = {400: told("the body is no text of JSON")}
+UNREADABLE: Responses = {400: told("the body is no text of JSON")}
 BUSY: Responses = {429: told("another one is being computed; try again")}
 CONFLICT: Responses = {409: told("somebody runs the study, or it is there already")}
 

@@ -7,17 +7,18 @@ import socket
 
 from fastapi import APIRouter, Depends, HTTPException
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from studies.errors import StudyBusyError, StudyExistsError
 from studies.history import study_names
 from studies.lease import is_free, order_stop, read_lease, require_free
 from tuner.serve.answers import Ordered, Submission
 from tuner.serve.context import (
-    BODY,
     CONFLICT,
     GUARDED,
     NOT_FOUND,
+    UNREADABLE,
+    Body,
     Name,
     Service,
     TheService,
@@ -38,10 +39,8 @@ _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 """Exit codes of a study that was told to stop."""
 
 
-class NewStudy(BaseModel):
+class NewStudy(Body):
     """A study to run."""
-
-    model_config = ConfigDict(extra="forbid")
 
     study: str = Field(
         max_length=LONGEST_TEXT,
@@ -49,10 +48,8 @@ class NewStudy(BaseModel):
     )
 
 
-class Onwards(BaseModel):
+class Onwards(Body):
     """How to go on with a study: its budget may change."""
-
-    model_config = ConfigDict(extra="forbid")
 
     trials: int | None = Field(default=None, ge=1, le=1_000_000, description="budget.trials")
     wall_time_s: float | None = Field(default=None, gt=0, le=1e8, description="budget.wall_time, in seconds")
@@ -66,7 +63,9 @@ class Onwards(BaseModel):
         return [f"budget.{named.get(key, key)}={value}" for key, value in self.model_dump(exclude_none=True).items()]
 
 
-@router.post("/studies", response_model=Submission, status_code=202, dependencies=_WRITES, responses=BODY | CONFLICT)
+@router.post(
+    "/studies", response_model=Submission, status_code=202, dependencies=_WRITES, responses=UNREADABLE | CONFLICT
+)
 def submit(service: TheService, new: NewStudy) -> JSONResponse:
     """Check a study file, write it, and run it: `tuner study run`. The run goes on when the service ends."""
     file = study_of(new.study)
@@ -86,7 +85,7 @@ def submit(service: TheService, new: NewStudy) -> JSONResponse:
     response_model=Submission,
     status_code=202,
     dependencies=_WRITES,
-    responses=NOT_FOUND | BODY | CONFLICT,
+    responses=NOT_FOUND | UNREADABLE | CONFLICT,
 )
 def resume(service: TheService, name: Name, onwards: Onwards) -> JSONResponse:
     """Go on with a study that was stopped, or whose budget is raised: `tuner study resume`."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from search_spaces.errors import InvalidValueError
 from studies.history import StudyHistory
@@ -18,7 +18,19 @@ from tuner.prediction import look_out
 from tuner.score import ranked
 from tuner.score_cli import rescore_json, with_slos
 from tuner.serve import answers
-from tuner.serve.context import BODY, BUSY, GUARDED, NOT_FOUND, Name, Service, TheService, alone, as_json, reader
+from tuner.serve.context import (
+    BUSY,
+    GUARDED,
+    NOT_FOUND,
+    UNREADABLE,
+    Body,
+    Name,
+    Service,
+    TheService,
+    alone,
+    as_json,
+    reader,
+)
 from tuner.serve.questions import LONGEST_TEXT, read_yaml, require_modest, require_setting, study_of
 from tuner.stored import history_of, stored_file
 from tuner.study_schema import StudyFile
@@ -34,10 +46,8 @@ Slos = Annotated[
 ]
 
 
-class Question(BaseModel):
+class Question(Body):
     """A study to predict."""
-
-    model_config = ConfigDict(extra="forbid")
 
     study: str = Field(
         max_length=LONGEST_TEXT, description="a study file (YAML); it may name no file or folder of the server"
@@ -45,10 +55,8 @@ class Question(BaseModel):
     top: int = Field(default=5, ge=0, le=20, description="best configurations to list")
 
 
-class Change(BaseModel):
+class Change(Body):
     """Settings to change, in the words of `tuner whatif --set`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     settings: list[Short] = Field(
         default_factory=list,
@@ -58,10 +66,8 @@ class Change(BaseModel):
     trial: str = Field(default="best", pattern=r"^(best|\d{1,9})$", description="the trial to start from")
 
 
-class Wanted(BaseModel):
+class Wanted(Body):
     """A demand, in the words of `tuner plan`; at least one of rate, users and gpus."""
-
-    model_config = ConfigDict(extra="forbid")
 
     rate: float | None = Field(default=None, gt=0, le=1e7, description="requests per second to serve")
     users: float | None = Field(default=None, gt=0, le=1e7, description="requests in flight to serve")
@@ -75,16 +81,14 @@ class Wanted(BaseModel):
     predicted: int = Field(default=0, ge=0, le=2000, description="configurations to predict beside measured ones")
 
 
-class Rescored(BaseModel):
+class Rescored(Body):
     """Other SLOs, in the words of `tuner study rescore`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     slos: Slos = Field(default_factory=list)
     by: list[Short] = Field(default_factory=list, max_length=4, description="objectives of the score; the study's own")
 
 
-@router.post("/predict", response_model=answers.Outlook, responses=BODY)
+@router.post("/predict", response_model=answers.Outlook, responses=UNREADABLE)
 def predict(service: TheService, question: Question) -> JSONResponse:
     """What the model expects of a study's defaults and of the best of its space: `tuner predict --json`."""
     file = study_of(question.study)
@@ -92,7 +96,7 @@ def predict(service: TheService, question: Question) -> JSONResponse:
         return as_json(outlook_json(look_out(file, top=question.top)))
 
 
-@router.post("/studies/{name}/whatif", response_model=answers.WhatIf, responses=NOT_FOUND | BODY)
+@router.post("/studies/{name}/whatif", response_model=answers.WhatIf, responses=NOT_FOUND | UNREADABLE)
 def whatif(service: TheService, name: Name, change: Change) -> JSONResponse:
     """What the model that a study has corrected says of changed settings: `tuner whatif --json`."""
     for setting in change.settings:
@@ -102,7 +106,7 @@ def whatif(service: TheService, name: Name, change: Change) -> JSONResponse:
         return as_json(whatif_json(found))
 
 
-@router.post("/studies/{name}/plan", response_model=answers.Plan, responses=NOT_FOUND | BODY)
+@router.post("/studies/{name}/plan", response_model=answers.Plan, responses=NOT_FOUND | UNREADABLE)
 def plan(service: TheService, name: Name, wanted: Wanted) -> JSONResponse:
     """Copies, nodes and money for a demand, from what the study measured: `tuner plan --json`."""
     demand = Demand(rate=wanted.rate, users=wanted.users, devices=wanted.gpus, headroom=wanted.headroom)
@@ -115,7 +119,7 @@ def plan(service: TheService, name: Name, wanted: Wanted) -> JSONResponse:
         return as_json(planned_json(made))
 
 
-@router.post("/studies/{name}/rescore", response_model=answers.Ranks, responses=NOT_FOUND | BODY)
+@router.post("/studies/{name}/rescore", response_model=answers.Ranks, responses=NOT_FOUND | UNREADABLE)
 def rescore(service: TheService, name: Name, asked: Rescored) -> JSONResponse:
     """The measured configurations ranked under other SLOs: `tuner study rescore --json`."""
     history = history_of(service.place, name)

@@ -14,7 +14,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -35,8 +35,8 @@ REQUEST_LIMIT_S = 300.0
 SCATTER = 0.15
 """Quartiles further apart than this share of the median have a point measured again."""
 TRIES = 3
-PASSES = 2
-"""Passes over all points, of which the quieter one counts: what disturbs a node lasts longer than a point takes."""
+PASSES = 3
+"""Passes over all points, of which each point's middle one counts: what disturbs a node lasts longer than a point."""
 DECODE_TOKENS = (32, 64, 128, 256)
 """Tokens of each sequence: more of them where requests reach the engine at different times."""
 LEAST_GAPS = 12
@@ -52,8 +52,7 @@ class StepProbe:
 
     `prompts` are lengths of prompts, in tokens; `decodes` are pairs of sequences that decode together and their
     context. `hand_over_tokens` is the length of a prompt whose KV cache is saved and restored, None for none.
-    `workload` must be long enough for all. Each point is the median of `repeats`, in the
-    quieter of two passes.
+    `workload` must be long enough for all. Each point is the median of `repeats`, in the middle one of three passes.
     """
 
     backend: EngineBackend
@@ -131,32 +130,35 @@ class _Meter:
         try:
             for _ in range(2):
                 await self._complete(client, 16, 4)
-            overhead = await self._overhead(client)
-            passes = [await self._pass(client, overhead.latency_ms) for _ in range(PASSES)]
-            quietest = [min(found, key=lambda timing: timing.latency_ms) for found in zip(*passes, strict=True)]
-            return [overhead, *quietest, *self._hand_over()]
+            passes = [await self._pass(client) for _ in range(PASSES)]
+            return [_middle(found) for found in zip(*passes, strict=True)]
         finally:
             client.close()
 
-    async def _pass(self, client: StreamingClient, overhead_ms: float) -> list[StepTiming]:
+    async def _pass(self, client: StreamingClient) -> list[StepTiming]:
         """Every point once."""
-        prefills = [await self._prefill(client, tokens, overhead_ms) for tokens in self._probe.prompts]
+        overhead = await self._overhead(client)
+        prefills = [await self._prefill(tokens) for tokens in self._probe.prompts]
         decodes = [await self._decode(client, seqs, context) for seqs, context in self._probe.decodes]
-        return [*prefills, *decodes]
+        return [overhead, *prefills, *decodes, *self._hand_over()]
 
     async def _overhead(self, client: StreamingClient) -> StepTiming:
-        """Time of a request outside the engine's steps: TTFT less what the engine says its prompt took."""
+        """Time of a request outside the engine's steps: TTFT less what the engine says its prompt took.
+
+        Pairs of requests, one after the other: what slows the node down slows both.
+        """
         size = 16
-        first = [await self._first_token_ms(client, size) for _ in range(2 * self._probe.repeats)]
-        inside = [self._prompt_ms(size) for _ in range(2 * self._probe.repeats)]
-        least = max(median(first) - median(inside), 0.05)
+        outside = [
+            await self._first_token_ms(client, size) - self._prompt_ms(size) for _ in range(4 * self._probe.repeats)
+        ]
+        least = max(median(outside), 0.05)
         return StepTiming(
-            kind="request", seqs=1, tokens=size, latency_ms=least, spread=_spread(first), count=len(first)
+            kind="request", seqs=1, tokens=size, latency_ms=least, spread=_spread(outside), count=len(outside)
         )
 
-    async def _prefill(self, client: StreamingClient, tokens: int, overhead_ms: float) -> StepTiming:
+    async def _prefill(self, tokens: int) -> StepTiming:
         async def sample() -> float:
-            return max(await self._first_token_ms(client, tokens) - overhead_ms, 0.01)
+            return self._prompt_ms(tokens)
 
         return await self._point("prefill", 1, tokens, sample)
 
@@ -235,6 +237,11 @@ class _Meter:
         if answer.status != http.client.OK:
             raise StepProbeError(f"{path} answered {answer.status} while steps were measured: {text[:200]!r}")
         return dict(json.loads(text))
+
+
+def _middle(found: Sequence[StepTiming]) -> StepTiming:
+    """The timing of one point in the pass in which it took neither longest nor shortest."""
+    return sorted(found, key=lambda timing: timing.latency_ms)[len(found) // 2]
 
 
 def _common_gap_ms(answers: Iterable[Answer]) -> float | None:

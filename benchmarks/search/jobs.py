@@ -13,17 +13,24 @@ import numpy as np
 import optuna
 
 from benchmarks.search.figures import Run, Yardstick, replay
+from benchmarks.search.hindsight import hindsight_order
 from benchmarks.search.modelled import CorrectedSearch, Forecast, Modelled, model_order
 from benchmarks.search.samplers import random_order, sampler_order
 from perf_model.surrogate import HyperPrior
 
 OURS, MODEL, RANDOM, NSGA2, TPE, GP = "ours", "model alone", "random", "nsga2", "tpe", "gp"
-DETERMINISTIC = (MODEL,)
-WITH_MODEL = (OURS, MODEL)
+HINDSIGHT = "told all others"
+DETERMINISTIC = (MODEL, HINDSIGHT)
+WITH_MODEL = (OURS, MODEL, HINDSIGHT)
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _CODE = ("benchmarks/search/figures.py", "benchmarks/search/samplers.py", "benchmarks/search/tables.py")
-_OUR_CODE = ("benchmarks/search/modelled.py", "studies/acquisition.py", "perf_model/surrogate.py")
+_OUR_CODE = (
+    "benchmarks/search/modelled.py",
+    "benchmarks/search/hindsight.py",
+    "studies/acquisition.py",
+    "perf_model/surrogate.py",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +93,8 @@ def perform(job: Job) -> Result:
         order, forecasts = search.order(), search.forecasts
     elif job.searcher == MODEL:
         order = model_order(job.modelled)
+    elif job.searcher == HINDSIGHT:
+        order = hindsight_order(job.modelled, job.priors, job.seed)
     elif job.searcher == RANDOM:
         order = random_order(table, job.seed)
     else:

@@ -101,6 +101,21 @@ class Forecast:
     covered: np.ndarray
 
 
+def next_row(table: Table, beliefs: Beliefs, measured: list[int], seed: int) -> int:
+    """The row of the largest expected hypervolume improvement after `measured`, by the product's acquisition."""
+    values, everyone = to_minimise(table.values), np.arange(len(table))
+    open_rows = np.ones(len(table), dtype=bool)
+    open_rows[measured] = False
+    expected = to_minimise(table.objectives(beliefs.mean, everyone))
+    question = Question(
+        measured=values[measured],
+        scale=front_scale(np.concatenate([expected[open_rows], values[measured]])),
+        objectives=lambda samples, rows: to_minimise(table.objectives(samples, rows)),
+        seed=seed,
+    )
+    return choose_batch(beliefs, question, 1, allowed=open_rows)[0].row
+
+
 @dataclass(kw_only=True)
 class CorrectedSearch:
     """Ours: expected hypervolume improvement under the model, corrected by every measurement.
@@ -118,20 +133,10 @@ class CorrectedSearch:
         table, n = self.modelled.table, len(self.modelled.table)
         measured: list[int] = []
         residuals: list[list[float]] = [[] for _ in self.priors]
-        values = to_minimise(table.values)
         while len(measured) < n:
             surrogates = self._fit(measured, residuals)
             beliefs = self._beliefs(surrogates)
-            open_rows = np.ones(n, dtype=bool)
-            open_rows[measured] = False
-            expected = to_minimise(table.objectives(beliefs.mean, np.arange(n)))
-            question = Question(
-                measured=values[measured],
-                scale=front_scale(np.concatenate([expected[open_rows], values[measured]])),
-                objectives=lambda samples, rows: to_minimise(table.objectives(samples, rows)),
-                seed=self.seed,
-            )
-            row = choose_batch(beliefs, question, 1, allowed=open_rows)[0].row
+            row = next_row(table, beliefs, measured, self.seed)
             self._note(row, beliefs, surrogates, residuals)
             measured.append(row)
             yield row
@@ -171,4 +176,13 @@ class CorrectedSearch:
             residuals[k].append(float(residual))
 
 
-__all__ = ["CorrectedSearch", "Forecast", "Hyperparameters", "Modelled", "learn_priors", "model_order", "with_prior"]
+__all__ = [
+    "CorrectedSearch",
+    "Forecast",
+    "Hyperparameters",
+    "Modelled",
+    "learn_priors",
+    "model_order",
+    "next_row",
+    "with_prior",
+]

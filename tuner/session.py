@@ -25,6 +25,7 @@ from studies.stopping import StopReason, progress_of
 from studies.storage import Storage, faults_told, open_storage
 from studies.study import Study, StudySetup, create_study, open_study
 from tuner.access import Cluster, Connect
+from tuner.deploy.archives import attach_deployments
 from tuner.devices import load_devices, save_devices
 from tuner.earlier import Lesson, lessons, seeds
 from tuner.loop import LearningModel, Search, SearchPlan
@@ -152,6 +153,8 @@ def _run(
         lease.ensure()
         if asked.portion is None:  # who gives out portions publishes when the study is done
             publish(storage, report)
+        for line in attach_deployments(storage, place, report, file):
+            observer.note(line)
         return Ended(reason=reason, stop_order=order, report=report)
 
 

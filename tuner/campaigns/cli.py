@@ -179,6 +179,34 @@ def stop(
         )
 
 
+@campaign_app.command("report")
+def report(
+    name: Name,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="File to write; reports/campaign.NAME/report.html beside the storage by default."),
+    ] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown, on stdout without --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON, on stdout without --out.")] = False,
+    storage: StorageOption = None,
+) -> None:
+    """Write the report of a campaign: one HTML file that opens without a network, or Markdown or JSON."""
+    from studies.campaign_store import campaign_study
+    from tuner.campaigns.report import campaign_json, campaign_markdown, story
+    from tuner.campaigns.report_html import write_campaign
+    from tuner.report_cli import put
+
+    if as_markdown and as_json:
+        raise InvalidValueError("--markdown and --json were given; choose one")
+    place, opened = _existing(storage)
+    told = story(opened, _status(opened, name))
+    if as_markdown or as_json:
+        text = campaign_markdown(told) if as_markdown else json.dumps(campaign_json(told), indent=2, ensure_ascii=False)
+        put(text.rstrip("\n") + "\n", out)
+        return
+    print(f"Report: {write_campaign(told, out or place.reports(campaign_study(name)) / 'report.html')}")
+
+
 # ------------------------------------------------------------------------------------------------------------- helpers
 
 

@@ -49,6 +49,11 @@ class Purse:
         pairs = ((self.device_hours, cost.device_hours), (self.dollars, cost.dollars))
         return all(left is None or (left > 0 and left >= need / 2) for left, need in pairs)
 
+    def holds(self, cost: Cost) -> bool:
+        """True where the whole of `cost` is there."""
+        pairs = ((self.device_hours, cost.device_hours), (self.dollars, cost.dollars))
+        return all(left is None or (left > 0 and left >= need) for left, need in pairs)
+
     def share(self, cost: Cost) -> float:
         """What `cost` takes of it: the larger share where two things are limited, device-hours where nothing is."""
         pairs = ((self.device_hours, cost.device_hours), (self.dollars, cost.dollars))
@@ -117,6 +122,7 @@ def choose(
         return confirmation(closing, offer, guess)
     purse = offer.now.least(offer.left.less(reserve(standings, offer.total, guess)))
     able = [s for s in free if s.is_open and purse.affords(s.cost or guess)]
+    able = [s for s in able if purse.holds(s.cost or guess)] or able  # the last of it goes where it is enough
     if not able:
         return None
     waiting = [standing for standing in able if not standing.begun]

@@ -35,6 +35,7 @@ ENDED_BY = "the search ended: "
 """How the log of a study says why a run of it has ended (see `tuner.session`)."""
 BUDGET_USED = "the budget is used"
 NOTHING_LEFT = "nothing is left to gain: every study is closed"
+HOPELESS = "nothing is expected to meet its SLOs"
 DEADLINE = "the deadline has passed"
 MOST_CHECKED = 50
 
@@ -426,6 +427,7 @@ class CampaignRun:
             (str(StopReason.DEVICE_HOURS), _used(own.device_hours, standing.spent.device_hours)),
             (str(StopReason.COST), _used(own.cost, standing.spent.dollars)),
             (str(StopReason.LITTLE_GAIN), standing.progress.little_gain(min_gain, patience)),
+            (HOPELESS, standing.is_hopeless(min_gain, patience)),
             (str(StopReason.SPACE_EXHAUSTED), last.kind is SliceKind.SEARCH and ended == StopReason.SPACE_EXHAUSTED),
         )
         return next((reason for reason, holds in reasons if holds), None)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from zoneinfo import ZoneInfo
 
-from search_spaces.metrics import Direction
+from scipy.special import ndtr
+
+from search_spaces.metrics import Direction, metric_info
+from search_spaces.outcome import Prediction
 from search_spaces.problem import Problem
+from search_spaces.slos import Slo, hard_slos
 from studies.history import StudyHistory
 from studies.pareto import front, hypervolume_history
 from studies.records import TrialRecord, TrialStatus
 from studies.repeats import RepeatRule, lacking_runs
 from studies.spending import Spent, spent
 from studies.stopping import Progress, progress_of
+from studies.worth import UNKNOWN_LOG_STDDEV
 from tuner.campaigns.campaign import Cell
 from tuner.campaigns.record import CellRecord
 
@@ -66,6 +72,14 @@ class Standing:
         """Candidates that were measured."""
         return sum(trial.status is TrialStatus.MEASURED and not trial.is_repeat for trial in self.trials)
 
+    def is_hopeless(self, least: float, patience: int) -> bool:
+        """True where nothing met the SLOs yet, and each of the last candidates had a chance below `least` to do so."""
+        tried = [t for t in self.trials if t.is_finished and not t.is_repeat and t.prediction is not None]
+        if len(tried) < max(patience, LAST) or self.front:
+            return False
+        chances = [chance_of(t.prediction, self.problem.slos) for t in tried[-patience:] if t.prediction is not None]
+        return all(chance < least for chance in chances)
+
     @property
     def is_open(self) -> bool:
         """True where it may still get new candidates."""
@@ -101,7 +115,7 @@ def standing_of(
         spent=now,
         total=summed([now, *(spent(each.trials(), problem) for each in earlier)]),
         lacking=sum(lacking.values()),
-        growth=expected_growth(trials, directions, progress),
+        growth=expected_growth(trials, directions, progress, problem.slos),
         cost=expected_cost(trials, problem),
     )
 
@@ -115,7 +129,9 @@ def summed(parts: Sequence[Spent]) -> Spent:
     )
 
 
-def expected_growth(trials: Sequence[TrialRecord], directions: Sequence[Direction], progress: Progress) -> float:
+def expected_growth(
+    trials: Sequence[TrialRecord], directions: Sequence[Direction], progress: Progress, slos: Sequence[Slo] = ()
+) -> float:
     """What the next candidate is expected to add, as a share of the hypervolume with it: from 0 to 1.
 
     The mean of what the screen expected of the last `LAST` candidates and of what they brought. The one alone trusts
@@ -123,13 +139,38 @@ def expected_growth(trials: Sequence[TrialRecord], directions: Sequence[Directio
     """
     volumes = [point.hypervolume for point in hypervolume_history(trials, directions)]
     if not volumes or volumes[-1] <= 0:
-        return FIRST_GROWTH
+        return first_growth(trials, slos)
     steps = min(LAST, len(volumes) - 1)
     came = [max(0.0, (volumes[-1] - volumes[-1 - steps]) / volumes[-1] / steps)] if steps else []
     said = (
         [statistics.fmean(gain / (1.0 + gain) for gain in gains)] if (gains := progress.expected_gains[-LAST:]) else []
     )
     return statistics.fmean([*came, *said]) if came or said else FIRST_GROWTH
+
+
+def first_growth(trials: Sequence[TrialRecord], slos: Sequence[Slo]) -> float:
+    """Expected growth by the next candidate of a study that holds nothing: the chance that it meets every SLO.
+
+    What the model gave the last `LAST` candidates, but no more than 1 of n + 1 after n that did not meet them.
+    """
+    tried = [t for t in trials if t.is_finished and not t.is_repeat and t.prediction is not None]
+    if not tried:
+        return FIRST_GROWTH
+    chances = [chance_of(t.prediction, slos) for t in tried[-LAST:] if t.prediction is not None]
+    return min(statistics.fmean(chances), FIRST_GROWTH / (len(tried) + 1))
+
+
+def chance_of(prediction: Prediction, slos: Sequence[Slo]) -> float:
+    """The probability that a candidate of which this is predicted meets every hard SLO, taken as independent."""
+    chance = 1.0 if prediction.infeasible is None else 0.0
+    for slo in hard_slos(slos):
+        value, limit = prediction.metrics.get(slo.metric), slo.limit
+        if value is not None and limit is not None and value > 0 and limit > 0:
+            spread = max(prediction.log_stddev.get(slo.metric, UNKNOWN_LOG_STDDEV), 1e-6)
+            room = math.log(limit / value) / spread
+            lower = metric_info(slo.metric).direction is Direction.MINIMIZE
+            chance *= float(ndtr(room if lower else -room))
+    return chance
 
 
 def expected_cost(trials: Sequence[TrialRecord], problem: Problem) -> Cost | None:

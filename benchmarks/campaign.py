@@ -1,0 +1,373 @@
+"""Twelve small studies on one budget: a campaign against the same studies alone with equal shares.
+
+    python benchmarks/campaign.py [--seeds 3] [--hours 10] [--kills 5] [--jobs 2] [--json]
+
+EMULATED: no figure says anything of a GPU. What is real: campaign file, slices, storage, leases, the search with its
+model, screen and NSGA-II, what earlier studies teach, and kill -9. What is not: a trial takes no time. Its outcome, and
+the device-hours that it costs, follow from a hidden formula (benchmarks/campaigns/world.py); each seed draws another
+world. Three models, two kinds of users and two kinds of nodes make twelve studies whose trials differ in cost by a
+factor of ten. Hypervolume is that of the measured candidates without noise, relative to the study's true front.
+
+Printed for each world and as medians over worlds:
+
+- the budget: what a campaign spent, relative to it;
+- the gain: mean hypervolume of the twelve at the end, and the device-hours after which the campaign held what the
+  studies alone held at their end (so many times more hypervolume per device-hour);
+- the kills: a campaign killed with -9 again and again, against one that was not;
+- transfer: measurements to 95% of the final hypervolume for six new studies, with the twelve of the campaign in their
+  storage and without. Final is the larger of the two ends, each after `--trials` measurements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process per core
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.campaigns.arms import (
+    campaign_arm,
+    equal_shares,
+    judged_campaign,
+    path_of,
+    place_at,
+    run_alone,
+    run_campaign_here,
+)
+from benchmarks.campaigns.world import Yardstick, campaign_text, yardstick
+from tuner.campaigns.campaign import load_campaign
+
+TARGET_GAIN, TARGET_TRANSFER, TARGET_BUDGET = 1.5, 0.5, 0.02
+ENOUGH = 0.95
+"""Share of the final hypervolume that counts as found."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is run in one world."""
+
+    seed: int
+    hours: float
+    trials: int
+    kills: int
+    folder: str
+
+    @property
+    def home(self) -> Path:
+        """Where the world's storages lie."""
+        return Path(self.folder) / str(self.seed)
+
+    def file(self, name: str = "twelve", users: Sequence[str] = ("chat", "rag")) -> Path:
+        """The campaign file."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        path = self.home / f"{name}.yaml"
+        path.write_text(campaign_text(self.seed, self.hours, name=name, users=users), encoding="utf-8")
+        return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """A campaign and the studies alone in one world."""
+
+    seed: int
+    budget: float
+    spent: float
+    over_budget: float
+    reason: str
+    trials: int
+    share: float
+    alone_spent: float
+    alone_trials: int
+    alone_share: float
+    hours_to_alone: float | None
+    seconds: float
+    alone_seconds: float
+
+    @property
+    def at_the_end(self) -> float:
+        """Hypervolume per device-hour at the end, relative to that of the studies alone."""
+        return (self.share / self.spent) / (self.alone_share / self.alone_spent)
+
+    @property
+    def at_the_same(self) -> float:
+        """Hypervolume per device-hour at the hypervolume that the studies alone ended with; 0 where it was not met."""
+        return 0.0 if self.hours_to_alone is None else self.alone_spent / self.hours_to_alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Killed:
+    """A campaign that was killed, and the same one that was not."""
+
+    seed: int
+    kills: int
+    over_budget: float
+    reason: str
+    share: float
+    share_of_other: float
+    trials: int
+    trials_of_other: int
+    measured_twice: int
+    left_open: int
+    same_studies: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """A study with earlier ones in its storage, and without: measurements to 95% of the larger end."""
+
+    seed: int
+    study: str
+    taught: int | None
+    alone: int | None
+    taught_share: float
+    alone_share: float
+
+    @property
+    def ratio(self) -> float | None:
+        """Measurements needed, relative to those without; None where one of the two never got there."""
+        return None if self.taught is None or self.alone is None else self.taught / self.alone
+
+
+def rods_of(file: Path, seed: int) -> dict[str, Yardstick]:
+    """The yardsticks of a campaign's studies."""
+    campaign, _ = load_campaign(file)
+    return {cell.name: yardstick(cell.study, seed) for cell in campaign.cells}
+
+
+def gain(plan: Plan) -> Gain:
+    """Both ways of spending the budget."""
+    file = plan.file()
+    rods = rods_of(file, plan.seed)
+    ours = campaign_arm(file, plan.home / "campaign", plan.seed, rods)
+    alone = equal_shares(file, plan.home / "alone", plan.seed, rods)
+    return Gain(
+        seed=plan.seed,
+        budget=plan.hours,
+        spent=ours.device_hours,
+        over_budget=ours.device_hours / plan.hours - 1.0,
+        reason=ours.reason,
+        trials=ours.trials,
+        share=ours.share,
+        alone_spent=alone.device_hours,
+        alone_trials=alone.trials,
+        alone_share=alone.share,
+        hours_to_alone=ours.hours_to(alone.share),
+        seconds=ours.seconds,
+        alone_seconds=alone.seconds,
+    )
+
+
+def killed(plan: Plan) -> Killed:
+    """The campaign of `gain` again, in processes that are killed at random moments, each after some trials."""
+    file = plan.file()
+    rods = rods_of(file, plan.seed)
+    other = judged_campaign(file, plan.home / "campaign", rods, reason="", seconds=0.0)
+    folder = plan.home / "killed"
+    log = plan.home / "killed.log"
+    rng, done = random.Random(plan.seed), 0
+    marks = sorted(rng.sample(range(5, max(11, other.trials - 5)), plan.kills))
+    for mark in marks:
+        done += _kill_after(file, folder, plan.seed, log, mark)
+    began_s = time.monotonic()
+    reason = run_campaign_here(file, folder, plan.seed, log)
+    arm = judged_campaign(file, folder, rods, reason=reason or "", seconds=time.monotonic() - began_s)
+    return Killed(
+        seed=plan.seed,
+        kills=done,
+        over_budget=arm.device_hours / plan.hours - 1.0,
+        reason=arm.reason,
+        share=arm.share,
+        share_of_other=other.share,
+        trials=arm.trials,
+        trials_of_other=other.trials,
+        measured_twice=arm.measured_twice,
+        left_open=arm.left_open,
+        same_studies=arm.shares.keys() == other.shares.keys(),
+    )
+
+
+def _kill_after(file: Path, folder: Path, seed: int, log: Path, trials: int) -> int:
+    """Run the campaign in a process until `trials` trials have ended in all, and kill it; 1 where it was killed."""
+    command = [sys.executable, __file__, "--one", str(file), str(folder), str(seed), str(log)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None:
+            if log.exists() and log.read_text(encoding="utf-8").count(" ended\n") >= trials:
+                break
+            time.sleep(0.02)
+        still = process.poll() is None
+        if still:
+            os.kill(process.pid, signal.SIGKILL)
+        return int(still)
+    finally:
+        process.wait(60)
+
+
+def transfer(plan: Plan) -> list[Transfer]:
+    """Six studies of users that the campaign did not have, alone, and each where the campaign's twelve are."""
+    file = plan.file("late", ("code",))
+    campaign, _ = load_campaign(file)
+    found = []
+    for cell in campaign.cells:
+        rod = yardstick(cell.study, plan.seed)
+        paths = {}
+        for earlier in ("none", "related"):
+            folder = plan.home / f"late-{cell.name}-{earlier}"
+            if earlier == "related":
+                ignored = shutil.ignore_patterns("artifacts", "reports", "predictions", "work")
+                shutil.copytree(plan.home / "campaign", folder, ignore=ignored)
+            limits = cell.study.budget.model_copy(update={"trials": plan.trials})
+            study = cell.study.model_copy(update={"budget": limits, "earlier_studies": earlier})
+            run_alone(study, place_at(folder), plan.seed)
+            paths[earlier] = path_of(study.name, place_at(folder), rod)
+        best = max(path[-1].share for path in paths.values())
+        needed = {
+            name: next((n for n, step in enumerate(path, start=1) if step.share >= ENOUGH * best), None)
+            for name, path in paths.items()
+        }
+        found.append(
+            Transfer(
+                seed=plan.seed,
+                study=cell.name,
+                taught=needed["related"],
+                alone=needed["none"],
+                taught_share=paths["related"][-1].share,
+                alone_share=paths["none"][-1].share,
+            )
+        )
+    return found
+
+
+def world(plan: Plan) -> dict[str, Any]:
+    """Everything in one world."""
+    first = gain(plan)
+    kills = killed(plan) if plan.kills else None
+    return {"gain": first, "killed": kills, "transfer": transfer(plan)}
+
+
+# ----------------------------------------------------------------------------------------------------------- the answer
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and greatest."""
+    return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
+
+
+def answer(worlds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All figures, and whether each target was met."""
+    gains: list[Gain] = [found["gain"] for found in worlds]
+    kills: list[Killed] = [found["killed"] for found in worlds if found["killed"] is not None]
+    transfers: list[Transfer] = [each for found in worlds for each in found["transfer"]]
+    ratios = [each.ratio for each in transfers if each.ratio is not None]
+    same = [each.at_the_same for each in gains]
+    budgets = [*(abs(each.over_budget) for each in gains), *(abs(each.over_budget) for each in kills)]
+    sound = all(not k.measured_twice and not k.left_open and k.same_studies for k in kills)
+    return {
+        "emulated": True,
+        "gains": [{**asdict(g), "at_the_end": g.at_the_end, "at_the_same": g.at_the_same} for g in gains],
+        "killed": [asdict(each) for each in kills],
+        "transfer": [{**asdict(each), "ratio": each.ratio} for each in transfers],
+        "medians": {
+            "at_the_same": spread(same),
+            "at_the_end": spread([each.at_the_end for each in gains]),
+            "share": spread([each.share for each in gains]),
+            "alone_share": spread([each.alone_share for each in gains]),
+            "over_budget": spread(budgets),
+            "transfer": spread(ratios) if ratios else None,
+        },
+        "met": {
+            "within 2% of the budget": max(budgets) <= TARGET_BUDGET,
+            "1.5 x hypervolume per device-hour": statistics.median(same) >= TARGET_GAIN,
+            "transfer halves the measurements": bool(ratios) and statistics.median(ratios) <= TARGET_TRANSFER,
+            "killed, and nothing lost or repeated": sound,
+        },
+    }
+
+
+def print_answer(found: dict[str, Any], out: TextIO) -> None:
+    """For people."""
+    print("EMULATED: no figure says anything of a GPU", file=out)
+    head = ("world", "spent", "of", "trials", "hypervolume", "alone", "trials", "hours to it", "x per hour", "at end")
+    print(("{:>6}{:>8}{:>7}{:>8}{:>13}{:>8}{:>8}{:>13}{:>12}{:>8}").format(*head), file=out)
+    for row in found["gains"]:
+        hours = row["hours_to_alone"]
+        print(
+            f"{row['seed']:>6}{row['spent']:>8.2f}{row['budget']:>7.1f}{row['trials']:>8}{row['share']:>13.1%}"
+            f"{row['alone_share']:>8.1%}{row['alone_trials']:>8}"
+            f"{'never' if hours is None else f'{hours:.2f}':>13}{row['at_the_same']:>12.2f}{row['at_the_end']:>8.2f}",
+            file=out,
+        )
+    for row in found["killed"]:
+        print(
+            f"world {row['seed']}: killed {row['kills']} times; {row['over_budget']:+.1%} of the budget, hypervolume "
+            f"{row['share']:.1%} (not killed {row['share_of_other']:.1%}), {row['trials']} candidates "
+            f"({row['trials_of_other']}), {row['measured_twice']} measured twice, {row['left_open']} left open; "
+            f"{row['reason']}",
+            file=out,
+        )
+    for row in found["transfer"]:
+        print(
+            f"world {row['seed']}, {row['study']}: {row['taught']} measurements to 95% with earlier studies, "
+            f"{row['alone']} without (ends {row['taught_share']:.1%}, {row['alone_share']:.1%})",
+            file=out,
+        )
+    for name, values in found["medians"].items():
+        if values is not None:
+            parts = ", ".join(f"{key} {value:.3f}" for key, value in values.items())
+            print(f"{name}: {parts}", file=out)
+    for name, met in found["met"].items():
+        print(f"{'met' if met else 'MISSED'}: {name}", file=out)
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="worlds")
+    parser.add_argument("--hours", type=float, default=10.0, help="budget of a campaign in device-hours")
+    parser.add_argument("--trials", type=int, default=20, help="measurements of a study of the transfer")
+    parser.add_argument("--kills", type=int, default=5, help="of the campaign of each world that is killed; 0 for none")
+    parser.add_argument("--jobs", type=int, default=2, help="worlds at once, each in a process")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS, metavar=("FILE", "FOLDER", "SEED", "LOG"))
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run, print; 0 where every target was met."""
+    options = parse_options()
+    if options.one:
+        file, folder, seed, log = options.one
+        run_campaign_here(Path(file), Path(folder), int(seed), Path(log))
+        return 0
+    folder = tempfile.mkdtemp(prefix="campaign-")
+    plans = [
+        Plan(seed=seed, hours=options.hours, trials=options.trials, kills=options.kills, folder=folder)
+        for seed in range(options.seeds)
+    ]
+    try:
+        with ProcessPoolExecutor(options.jobs) as pool:
+            found = answer(list(pool.map(world, plans)))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(json.dumps(found, indent=1)) if options.json else print_answer(found, sys.stdout)
+    return 0 if all(found["met"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,6 +7,7 @@ when a type gains a field; a field that is unknown, or a value of another type, 
 
 from __future__ import annotations
 
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -48,7 +49,8 @@ def _read(hint: object, data: Json, where: str) -> object:
         return _read_tuple(typing.get_args(hint), data, where)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         item = typing.get_args(hint)[1]
-        return {key: _read(item, value, f"{where}.{key}") for key, value in _expect(dict, data, where).items()}
+        found = _expect(dict, data, where).items()  # thousands of records name the same metrics: one string for each
+        return {sys.intern(key): _read(item, value, f"{where}.{key}") for key, value in found}
     if isinstance(hint, type):
         return _read_plain(hint, data, where)
     raise StudyFormatError(f"{where} has the type {hint!r}, which records cannot hold")

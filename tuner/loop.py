@@ -192,11 +192,11 @@ class Search:
             while not self.stop_requested():
                 reason = self._reason_to_stop()
                 self.utilisation.add(self.clock(), self._reserved(), proposals_remain=reason is None)
-                if len(self._trying) < self.plan.in_flight:
-                    self._begin(self._wanted()) if reason is None else self._confirm(reason)
+                begun = len(self._trying) < self.plan.in_flight and self._fill(reason)
                 if reason is not None and not self._trying:
                     return reason
-                self._collect()
+                if not self._collect() and self._trying and not begun:
+                    self._wait()
                 self.observer.now(self._snapshot())
             return None
         finally:
@@ -245,6 +245,12 @@ class Search:
     @property
     def _elapsed_s(self) -> float:
         return self.clock() - self._started
+
+    def _fill(self, reason: StopReason | None) -> bool:
+        """Begin what may be begun; True where that left places free, which are not to wait for the next turn."""
+        began = len(self._trying)
+        self._begin(self._wanted()) if reason is None else self._confirm(reason)
+        return began < len(self._trying) < self.plan.in_flight
 
     def _begin(self, wanted: int) -> None:
         """Ask for candidates and start measuring them."""
@@ -305,8 +311,8 @@ class Search:
             return None
         return proposal.prediction.metrics.get("requests_per_s")
 
-    def _collect(self) -> None:
-        """Poll what is in flight; tell the study of what has ended, and let the model learn from it."""
+    def _collect(self) -> bool:
+        """Poll what is in flight; tell the study of what has ended, and let the model learn from it: True for any."""
         ended = False
         for trial in tuple(self._trying):
             state = self.runner.poll(trial.handle)
@@ -322,8 +328,7 @@ class Search:
             self._look()
             self.model.learn(self._view.trials)
             self._thoughts = self._new_thoughts()
-        elif self._trying:
-            self._wait()
+        return ended
 
     def _new_thoughts(self) -> Iterator[None]:
         """What to think of while trials run; nothing with one at a time: it may be measured on this very machine."""

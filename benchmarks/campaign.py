@@ -13,7 +13,7 @@ Printed for each world and as medians over worlds:
 - the budget: what a campaign spent, relative to it;
 - the gain: mean hypervolume of the twelve at the end, and the device-hours after which the campaign held what the
   studies alone held at their end (so many times more hypervolume per device-hour);
-- the kills: a campaign killed with -9 again and again, against one that was not;
+- the kills, in the first world: a campaign killed with -9 again and again, against one that was not;
 - transfer: measurements to 95% of the final hypervolume for six new studies, with the twelve of the campaign in their
   storage and without. Final is the larger of the two ends, each after `--trials` measurements.
 """
@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -256,9 +256,20 @@ def transfer(plan: Plan) -> list[Transfer]:
 
 def world(plan: Plan) -> dict[str, Any]:
     """Everything in one world."""
-    first = gain(plan)
-    kills = killed(plan) if plan.kills else None
-    return {"gain": first, "killed": kills, "transfer": transfer(plan)}
+    first = kept(plan, "gain", lambda: [gain(plan)], Gain)
+    wanted = plan.kills and plan.seed == 0
+    kills = kept(plan, "killed", lambda: [killed(plan)], Killed) if wanted else [None]
+    return {"gain": first[0], "killed": kills[0], "transfer": kept(plan, "transfer", lambda: transfer(plan), Transfer)}
+
+
+def kept(plan: Plan, name: str, make: Callable[[], list[Any]], kind: type[Any]) -> list[Any]:
+    """A part of the answer: as an earlier run left it in the world's folder, else made now and left there."""
+    path = plan.home / f"{name}.json"
+    if path.exists():
+        return [kind(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    found = make()
+    path.write_text(json.dumps([asdict(row) for row in found]), encoding="utf-8")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------- the answer
@@ -341,8 +352,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="worlds")
     parser.add_argument("--hours", type=float, default=10.0, help="budget of a campaign in device-hours")
     parser.add_argument("--trials", type=int, default=20, help="measurements of a study of the transfer")
-    parser.add_argument("--kills", type=int, default=5, help="of the campaign of each world that is killed; 0 for none")
+    parser.add_argument("--kills", type=int, default=5, help="of the first world's campaign; 0 for none")
     parser.add_argument("--jobs", type=int, default=2, help="worlds at once, each in a process")
+    parser.add_argument("--keep", type=Path, help="folder of the worlds; a run that was cut off goes on there")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS, metavar=("FILE", "FOLDER", "SEED", "LOG"))
     return parser.parse_args()
@@ -355,7 +367,7 @@ def main() -> int:
         file, folder, seed, log = options.one
         run_campaign_here(Path(file), Path(folder), int(seed), Path(log))
         return 0
-    folder = tempfile.mkdtemp(prefix="campaign-")
+    folder = str(options.keep.resolve()) if options.keep else tempfile.mkdtemp(prefix="campaign-")
     plans = [
         Plan(seed=seed, hours=options.hours, trials=options.trials, kills=options.kills, folder=folder)
         for seed in range(options.seeds)
@@ -364,7 +376,8 @@ def main() -> int:
         with ProcessPoolExecutor(options.jobs) as pool:
             found = answer(list(pool.map(world, plans)))
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if options.keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps(found, indent=1)) if options.json else print_answer(found, sys.stdout)
     return 0 if all(found["met"].values()) else 1
 

@@ -78,7 +78,7 @@ def campaign_text(
         f"price_per_hour: {price}}}}}}}"
         for gpu, price in GPUS.items()
     ]
-    return "\n".join([*lines, f"budget: {{device_hours: {device_hours}}}", "slices: {trials: 4}", ""])
+    return "\n".join([*lines, f"budget: {{device_hours: {device_hours}}}", "slices: {trials: 2, first: 3}", ""])
 
 
 @dataclass(frozen=True, kw_only=True)

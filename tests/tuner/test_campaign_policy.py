@@ -23,7 +23,7 @@ from tuner.campaigns.policy import Choice, Cost, Offer, Purse, choose
 from tuner.campaigns.record import CellRecord, Slice, SliceEnd, SliceKind
 from tuner.campaigns.run import failed_in_a_row
 from tuner.campaigns.schema import WindowSection
-from tuner.campaigns.standing import Standing, chance_of, first_growth
+from tuner.campaigns.standing import FIRST_GROWTH, Standing, chance_of, first_growth
 from tuner.wiring import make_problem
 
 NO_PROGRESS = progress_of(())
@@ -136,7 +136,7 @@ def test_money_counts_like_device_hours_and_the_scarcer_one_decides() -> None:
 
 def test_where_nothing_meets_the_slos_the_chance_that_something_will_is_the_growth() -> None:
     slo = Slo(metric="ttft_p99_ms", threshold=100.0)
-    assert first_growth((), (slo,)) == 1.0
+    assert first_growth((), (slo,)) == FIRST_GROWTH
     near = Prediction(metrics={"ttft_p99_ms": 100.0}, log_stddev={"ttft_p99_ms": 0.2})
     far = Prediction(metrics={"ttft_p99_ms": 400.0}, log_stddev={"ttft_p99_ms": 0.2})
     assert chance_of(near, (slo,)) == pytest.approx(0.5)

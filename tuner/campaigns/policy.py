@@ -91,7 +91,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """What is to be given out: what is `left` of the whole budget and `today`, in slices of `trials`.
+    """What is to be given out: what is `left` of the whole budget and `today`, in slices of `trials`, `first` at first.
 
     `total` is the whole budget, and what running slices may still take is out of `left` and `today` already.
     """
@@ -100,6 +100,7 @@ class Offer:
     left: Purse
     today: Purse
     trials: int
+    first: int | None = None
 
     @property
     def now(self) -> Purse:
@@ -138,7 +139,8 @@ def choose(
 
 def _search(standing: Standing, purse: Purse, offer: Offer, guess: Cost, why: str, worth: float | None) -> Choice:
     own = standing.cell.study.budget.trials - standing.progress.finished
-    trials = max(1, min(offer.trials, own))
+    wanted = offer.trials if standing.begun else offer.first or offer.trials
+    trials = max(1, min(wanted, own))
     return Choice(
         standing=standing,
         kind=SliceKind.SEARCH,

@@ -199,7 +199,8 @@ class CampaignRun:
             promised = self._promised(standing)
             day, left = day.less(promised), left.less(promised)
         rules = self.campaign.rules
-        offer = Offer(total=view.total, left=left, today=day, trials=rules.slices.trials)
+        slices = rules.slices
+        offer = Offer(total=view.total, left=left, today=day, trials=slices.trials, first=slices.first)
         resting = {*self._busy(view), *self._resting(view), *self._given_up(view)}
         priorities = {cell.name: self.campaign.priority(cell) for cell in self.campaign.cells}
         choice = self._check(view, offer, resting) or choose(view.standings, priorities, offer, resting=resting)

@@ -134,6 +134,9 @@ class SlicesSection(Section):
     trials: Count = Field(
         default=4, description="candidates that a study measures before others are asked", examples=[4]
     )
+    first: Count | None = Field(
+        default=None, description="candidates of each study's first slice; as many as trials by default", examples=[3]
+    )
     side_by_side: Count | Literal["auto"] = Field(
         default="auto",
         description="studies at once on a joined cluster; auto: as many as have node pools of their own",

@@ -29,8 +29,10 @@ LAST = 4
 """Trials that tell what the next one is worth."""
 COSTS_OF = 8
 """Trials that tell what the next one costs."""
-FIRST_GROWTH = 1.0
-"""Expected growth by a trial of a study that holds nothing yet."""
+PACE = 0.15
+"""Share of what a study still lacks that a trial adds: what the twelve studies of benchmarks/campaign.py showed."""
+FIRST_GROWTH = PACE
+"""Expected growth by the first candidate that meets the SLOs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,20 +134,24 @@ def summed(parts: Sequence[Spent]) -> Spent:
 def expected_growth(
     trials: Sequence[TrialRecord], directions: Sequence[Direction], progress: Progress, slos: Sequence[Slo] = ()
 ) -> float:
-    """What the next candidate is expected to add, as a share of the hypervolume with it: from 0 to 1.
+    """What the next candidate is expected to add to the hypervolume, as a share of what the study will hold in the end.
 
-    The mean of what the screen expected of the last `LAST` candidates and of what they brought. The one alone trusts
-    the model, the other alone luck: a study that has gained nothing for four trials may be done, or about to find more.
+    The screen says how much its candidates are expected to add to what is held (mean of the last `LAST`); where it
+    says nothing, what they brought counts. A search that adds a share `PACE` of what it still lacks with each trial
+    and grows by g, relative to what it holds, holds PACE / (PACE + g) of its end: it adds PACE g / (PACE + g) of that.
     """
     volumes = [point.hypervolume for point in hypervolume_history(trials, directions)]
     if not volumes or volumes[-1] <= 0:
         return first_growth(trials, slos)
+    gains = progress.expected_gains[-LAST:]
     steps = min(LAST, len(volumes) - 1)
-    came = [max(0.0, (volumes[-1] - volumes[-1 - steps]) / volumes[-1] / steps)] if steps else []
-    said = (
-        [statistics.fmean(gain / (1.0 + gain) for gain in gains)] if (gains := progress.expected_gains[-LAST:]) else []
-    )
-    return statistics.fmean([*came, *said]) if came or said else FIRST_GROWTH
+    if gains:
+        growth = statistics.fmean(gain / (1.0 + gain) for gain in gains)
+    elif steps:
+        growth = max(0.0, (volumes[-1] - volumes[-1 - steps]) / volumes[-1] / steps)
+    else:
+        growth = 1.0
+    return PACE * growth / (PACE + growth)
 
 
 def first_growth(trials: Sequence[TrialRecord], slos: Sequence[Slo]) -> float:
@@ -157,7 +163,7 @@ def first_growth(trials: Sequence[TrialRecord], slos: Sequence[Slo]) -> float:
     if not tried:
         return FIRST_GROWTH
     chances = [chance_of(t.prediction, slos) for t in tried[-LAST:] if t.prediction is not None]
-    return min(statistics.fmean(chances), FIRST_GROWTH / (len(tried) + 1))
+    return FIRST_GROWTH * min(statistics.fmean(chances), 1.0 / (len(tried) + 1))
 
 
 def chance_of(prediction: Prediction, slos: Sequence[Slo]) -> float:

@@ -56,6 +56,11 @@ class StudyHistory:
         self._decoded: dict[int, TrialRecord] = {}
 
     @property
+    def id(self) -> int:
+        """Of the study in its storage: another study of that name, made later, has another one."""
+        return int(self._study._study_id)  # noqa: SLF001 - Optuna tells it nowhere else
+
+    @property
     def objectives(self) -> tuple[str, ...]:
         """Names of the objective metrics."""
         return tuple(self._study.metric_names or ())
@@ -132,7 +137,12 @@ def study_names(storage: Storage) -> tuple[str, ...]:
 
 def summaries(storage: Storage) -> tuple[StudySummary, ...]:
     """Summaries of the studies that tuner wrote; others in the same storage are left out."""
-    return tuple(StudyHistory(storage, name).summary() for name in study_names(storage) if _is_ours(storage, name))
+    return tuple(StudyHistory(storage, name).summary() for name in our_names(storage))
+
+
+def our_names(storage: Storage) -> tuple[str, ...]:
+    """Names of the studies in `storage` that tuner wrote."""
+    return tuple(name for name in study_names(storage) if _is_ours(storage, name))
 
 
 def _is_ours(storage: Storage, name: str) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -340,3 +342,17 @@ def test_the_command_refuses_an_open_service(url: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TUNER_")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, "no token is set" in done.stderr) == (2, True)
+
+
+def test_a_storage_that_fails_is_no_fault_of_the_service(url: str, tmp_path: Path) -> None:
+    database = tmp_path / "studies.db"
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as whole, closing(sqlite3.connect(database)) as copy:
+        whole.backup(copy)
+    asked = client(f"sqlite:///{database}", token=READ)
+    assert asked.get("/api/v1/studies/toy/front").status_code == 200
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("DROP TABLE studies")
+        connection.commit()
+    for path in ("/api/v1/studies", "/api/v1/studies/toy/front"):
+        answer = asked.get(path)
+        assert (answer.status_code, "storage" in answer.json()["detail"]) == (503, True), answer.text

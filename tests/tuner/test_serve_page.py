@@ -78,6 +78,7 @@ async def test_the_report_opens_and_belongs_to_no_origin(url: str, tmp_path: Pat
             assert not browser.faults
 
 
+@pytest.mark.long
 async def test_a_token_opens_it_and_a_study_is_sent(url: str, tmp_path: Path) -> None:
     served = service(url)
     with listening(make_app(served)) as base:

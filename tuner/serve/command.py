@@ -45,12 +45,12 @@ def serve(
     except ModuleNotFoundError as error:
         raise TunerError(f"{error.name} is not installed; use: pip install 'tuner[serve]'") from error
     from studies.storage import open_storage
-    from tuner.places import existing_place
+    from tuner.places import existing_place, find_place
     from tuner.serve.access import find_tokens, require_safe
 
     found = find_tokens(tokens)
     require_safe(host, found)
-    place = existing_place(storage)
+    place = existing_place(storage) if found.write is None else find_place(storage)
     service = make_service(place, open_storage(place.url), found, address)
     with _listening(host, port) as listener:
         shown = f"[{host}]" if ":" in host else host

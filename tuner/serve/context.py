@@ -14,13 +14,14 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ConfigDict
 
-from studies.storage import Storage
+from studies.history import StudyHistory, study_names
+from studies.storage import Storage, faults_told
 from tuner import report
 from tuner.places import Place
 from tuner.serve.access import Right, Tokens
 from tuner.serve.answers import Problem
 from tuner.serve.runs import Runs
-from tuner.stored import history_of, make_report, stored_file
+from tuner.stored import make_report, stored_file
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -34,6 +35,19 @@ class Service:
     tokens: Tokens
     runs: Runs
     computing: threading.Lock = field(default_factory=threading.Lock)
+    _histories: dict[str, StudyHistory] = field(default_factory=dict)
+
+    def history(self, name: str) -> StudyHistory:
+        """The stored study called `name`; what has ended of it is decoded once. Raises `StudyNotFoundError`."""
+        known = self._histories.get(name)
+        found = StudyHistory(self.storage, name)
+        if known is None or known.id != found.id:
+            self._histories[name] = known = found
+        return known
+
+    def find_history(self, name: str) -> StudyHistory | None:
+        """The stored study called `name`, None where there is none."""
+        return self.history(name) if name in study_names(self.storage) else None
 
 
 class Body(BaseModel):
@@ -65,6 +79,16 @@ def writer(service: TheService, credentials: Credentials) -> None:
     reader(service, credentials)
     if service.tokens.right_of(credentials.credentials if credentials else None) is not Right.WRITE:
         raise HTTPException(403, "the write token is needed; without one the service only reads")
+
+
+def stored(service: TheService) -> Iterator[None]:
+    """Inside, a database that fails is a `StorageLostError` in words, which is answered with 503."""
+    with faults_told(service.storage):
+        yield
+
+
+GATE = [Depends(reader), Depends(stored)]
+"""Before every operation of the API."""
 
 
 def told(text: str) -> dict[str, Any]:
@@ -102,7 +126,7 @@ def alone(service: Service) -> Iterator[None]:
 
 def report_of(service: Service, name: str) -> report.StudyReport:
     """The study called `name` as it stands."""
-    history = history_of(service.place, name)
+    history = service.history(name)
     return make_report(history, stored_file(history, service.place))
 
 

@@ -15,6 +15,7 @@ from studies.lease import is_free, order_stop, read_lease, require_free
 from tuner.serve.answers import Ordered, Submission
 from tuner.serve.context import (
     CONFLICT,
+    GATE,
     GUARDED,
     NOT_FOUND,
     UNREADABLE,
@@ -23,17 +24,16 @@ from tuner.serve.context import (
     Service,
     TheService,
     as_json,
-    reader,
     told,
     writer,
 )
 from tuner.serve.questions import LONGEST_TEXT, study_of
 from tuner.serve.runs import Run
 from tuner.session import check_space
-from tuner.stored import history_of, stored_file
+from tuner.stored import stored_file
 from tuner.wiring import require_weights
 
-router = APIRouter(prefix="/api/v1", tags=["control"], dependencies=[Depends(reader)], responses=GUARDED)
+router = APIRouter(prefix="/api/v1", tags=["control"], dependencies=GATE, responses=GUARDED)
 _WRITES = [Depends(writer)]
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 """Exit codes of a study that was told to stop."""
@@ -89,7 +89,7 @@ def submit(service: TheService, new: NewStudy) -> JSONResponse:
 )
 def resume(service: TheService, name: Name, onwards: Onwards) -> JSONResponse:
     """Go on with a study that was stopped, or whose budget is raised: `tuner study resume`."""
-    stored_file(history_of(service.place, name), service.place, onwards.overrides)
+    stored_file(service.history(name), service.place, onwards.overrides)
     _require_free(service, name)
     return as_json(_submission(service, service.runs.resume(name, onwards.overrides)), 202)
 

@@ -19,7 +19,6 @@ from starlette.concurrency import run_in_threadpool
 
 from search_spaces.errors import TunerError
 from studies.codec import Json
-from studies.history import StudyHistory
 from studies.lease import is_free, read_lease
 from studies.lease_record import Event
 from studies.records import TrialRecord
@@ -28,7 +27,7 @@ from tuner.remote import require_known
 from tuner.report import StudyReport, configuration_text, metrics_of
 from tuner.serve.context import Service, finite
 from tuner.status import StudyStatus, status_json, status_of
-from tuner.stored import find_history, make_report, stored_file
+from tuner.stored import make_report, stored_file
 
 FOLLOW_S = 1.0
 MOST_STREAMS = 32
@@ -66,7 +65,7 @@ class Streams:
 def status_of_study(service: Service, name: str) -> StudyStatus:
     """The status of a study, also of one whose first coordinator has not made it yet."""
     require_known(service.storage, name)
-    history = find_history(service.storage, name)
+    history = service.find_history(name)
     budget = stored_file(history, service.place).budget if history else None
     trials = history.trials() if history else ()
     return status_of(name, service.storage.url, trials, read_lease(service.storage, name), budget)
@@ -168,17 +167,15 @@ class _Seen:
 
     service: Service
     name: str
-    _history: StudyHistory | None = None
     _marks: dict[int, tuple[object, ...]] = field(default_factory=dict)
     _told: dict[str, str] = field(default_factory=dict)
 
     def news(self) -> str:
         """The events since the last call, empty where nothing changed."""
-        self._history = self._history or find_history(self.service.storage, self.name)
+        history = self.service.find_history(self.name)
         found: list[str] = []
-        if self._history is not None:
-            file = stored_file(self._history, self.service.place)
-            report = make_report(self._history, file)
+        if history is not None:
+            report = make_report(history, stored_file(history, self.service.place))
             changed = [trial for trial in report.trials if self._marks.get(trial.number) != _mark(trial)]
             self._marks |= {trial.number: _mark(trial) for trial in changed}
             found += [_event("trial", progress_json(trial, report)) for trial in changed]

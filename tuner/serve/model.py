@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
@@ -20,6 +20,7 @@ from tuner.score_cli import rescore_json, with_slos
 from tuner.serve import answers
 from tuner.serve.context import (
     BUSY,
+    GATE,
     GUARDED,
     NOT_FOUND,
     UNREADABLE,
@@ -29,16 +30,15 @@ from tuner.serve.context import (
     TheService,
     alone,
     as_json,
-    reader,
 )
 from tuner.serve.questions import LONGEST_TEXT, read_yaml, require_modest, require_setting, study_of
-from tuner.stored import history_of, stored_file
+from tuner.stored import stored_file
 from tuner.study_schema import StudyFile
 from tuner.whatif import what_if
 from tuner.whatif_cli import whatif_json
 from tuner.wiring import make_problem
 
-router = APIRouter(prefix="/api/v1", tags=["model"], dependencies=[Depends(reader)], responses=GUARDED | BUSY)
+router = APIRouter(prefix="/api/v1", tags=["model"], dependencies=GATE, responses=GUARDED | BUSY)
 Short = Annotated[str, Field(max_length=200)]
 Slos = Annotated[
     list[Short],
@@ -102,7 +102,7 @@ def whatif(service: TheService, name: Name, change: Change) -> JSONResponse:
     for setting in change.settings:
         require_setting(setting)
     with alone(service):
-        found = what_if(history_of(service.place, name), service.place, change.settings, trial=change.trial)
+        found = what_if(service.history(name), service.place, change.settings, trial=change.trial)
         return as_json(whatif_json(found))
 
 
@@ -112,7 +112,7 @@ def plan(service: TheService, name: Name, wanted: Wanted) -> JSONResponse:
     demand = Demand(rate=wanted.rate, users=wanted.users, devices=wanted.gpus, headroom=wanted.headroom)
     for pool in wanted.pools:
         require_modest(read_yaml(pool.partition("=")[2], pool), pool)
-    history = history_of(service.place, name)
+    history = service.history(name)
     file = priced(_under(history, service, wanted.slos), wanted.pricing)
     with alone(service):
         made = make_plan(name, file, history.trials(), demand, wanted.pools, wanted.predicted)
@@ -122,7 +122,7 @@ def plan(service: TheService, name: Name, wanted: Wanted) -> JSONResponse:
 @router.post("/studies/{name}/rescore", response_model=answers.Ranks, responses=NOT_FOUND | UNREADABLE)
 def rescore(service: TheService, name: Name, asked: Rescored) -> JSONResponse:
     """The measured configurations ranked under other SLOs: `tuner study rescore --json`."""
-    history = history_of(service.place, name)
+    history = service.history(name)
     before = make_problem(stored_file(history, service.place))
     after = make_problem(_under(history, service, asked.slos))
     objectives = tuple(asked.by or (objective.metric for objective in before.objectives))
@@ -135,7 +135,7 @@ def rescore(service: TheService, name: Name, asked: Rescored) -> JSONResponse:
 def importance_of(service: TheService, name: Name) -> JSONResponse:
     """How much each parameter matters, measured and as the model sees it: `tuner study importance --json`."""
     with alone(service):
-        return as_json(importance_json(importance(history_of(service.place, name), service.place)))
+        return as_json(importance_json(importance(service.history(name), service.place)))
 
 
 def _under(history: StudyHistory, service: Service, slos: list[str]) -> StudyFile:

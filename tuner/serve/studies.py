@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 
-from studies.history import summaries
+from studies.history import our_names
 from studies.lease import is_free, read_lease
 from tuner import report
 from tuner.remote import require_known
@@ -16,7 +16,17 @@ from tuner.report_html import report_html
 from tuner.report_markdown import report_markdown
 from tuner.report_story import report_json
 from tuner.serve.answers import Front, Line, Report, Status, Study, Summary
-from tuner.serve.context import GUARDED, NOT_FOUND, Name, Responses, TheService, as_json, reader, report_of, told
+from tuner.serve.context import (
+    GATE,
+    GUARDED,
+    NOT_FOUND,
+    Name,
+    Responses,
+    TheService,
+    as_json,
+    report_of,
+    told,
+)
 from tuner.serve.following import Streams, event_json, events_of, followed_lines, followed_trials, status_of_study
 from tuner.status import status_json
 
@@ -27,7 +37,7 @@ _REPORT_POLICY = (
 )
 """A report is a file with its scripts inside. Sandboxed, it belongs to no origin, and can ask this service nothing."""
 
-router = APIRouter(prefix="/api/v1", tags=["studies"], dependencies=[Depends(reader)], responses=GUARDED)
+router = APIRouter(prefix="/api/v1", tags=["studies"], dependencies=GATE, responses=GUARDED)
 streams = Streams()
 After = Annotated[int, Query(ge=0, le=2**31, description="Only lines behind this number.")]
 _STREAM: Responses = {
@@ -68,7 +78,7 @@ class EventResponse(StreamingResponse):
 @router.get("/studies", response_model=list[Summary])
 def studies(service: TheService) -> JSONResponse:
     """The studies of the storage."""
-    found = summaries(service.storage)
+    found = [service.history(name).summary() for name in our_names(service.storage)]
     told = report.summaries_json(found)
     running = (not is_free(read_lease(service.storage, summary.name)) for summary in found)
     rows = told if isinstance(told, list) else []

@@ -1,6 +1,6 @@
 """Nothing is lost when it breaks: a study whose driver, actors, engines and nodes are killed at random moments.
 
-    python benchmarks/chaos.py [--trials 200] [--kills 20] [--nodes 6] [--seed 0] [--json]
+    python benchmarks/chaos.py [--trials 200] [--kills 20] [--nodes 6] [--seed 0] [--calm-runs 1] [--json]
 
 A study of the emulated engine runs on a Ray cluster of 6 nodes (`chaos_nodes.py`, a process of its own) through the
 real command. Kills are spread over the trials by the seed, each kind as often as the others: the driver (`tuner study
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import TextIO
 
 import psutil
@@ -414,46 +415,57 @@ class Answer:
     plan: Plan
     happened: Happened
     disturbed: Verdict
-    undisturbed: Verdict | None
-    hypervolume_ratio: float | None
+    undisturbed: tuple[Verdict, ...]
+    hypervolume_ratios: tuple[float, ...]
+    noise_ratios: tuple[float, ...]
 
 
-def measure(plan: Plan, folder: Path, say: Callable[[str], None], *, compare: bool) -> Answer:
-    """Run the study with its faults and, to `compare` them, without."""
+def measure(plan: Plan, folder: Path, say: Callable[[str], None], *, calm_runs: int) -> Answer:
+    """Run the study with its faults, and `calm_runs` times without.
+
+    `hypervolume_ratios` are those of the disturbed study over each undisturbed one, `noise_ratios` those of each
+    further undisturbed study over the first: what chance alone does.
+    """
     with ray_nodes(plan, folder / "nodes.log") as nodes:
         name = f"chaos-{plan.seed}-{folder.name}"
         disturbed = Campaign(plan, name, folder, nodes, say)
         verdict = disturbed.run(planned_kills(plan))
-        calm_verdict, ratio = None, None
-        if compare:
-            say("the same study, undisturbed")
-            calm = Campaign(plan, f"{name}-calm", folder, nodes, say)
-            calm_verdict = calm.run(())
-            ratio = front_ratio(disturbed, calm)
+        calm, calm_verdicts = [], []
+        for number in range(calm_runs):
+            say(f"the same study, undisturbed ({number + 1} of {calm_runs})")
+            calm.append(Campaign(plan, f"{name}-calm{number}", folder, nodes, say))
+            calm_verdicts.append(calm[-1].run(()))
+        ratios = tuple(front_ratio(disturbed, other) for other in calm)
+        noise = tuple(front_ratio(other, calm[0]) for other in calm[1:])
     happened = disturbed.happened
-    sound = all(found.is_sound(plan.trials) for found in (verdict, calm_verdict) if found is not None)
-    alike = ratio is None or abs(ratio - 1) <= NOISE
+    sound = all(found.is_sound(plan.trials) for found in (verdict, *calm_verdicts))
+    alike = not ratios or abs(median(ratios) - 1) <= NOISE
     return Answer(
         passed=sound and alike and not happened.missed,
         plan=plan,
         happened=happened,
         disturbed=verdict,
-        undisturbed=calm_verdict,
-        hypervolume_ratio=ratio,
+        undisturbed=tuple(calm_verdicts),
+        hypervolume_ratios=ratios,
+        noise_ratios=noise,
     )
 
 
 def print_table(answer: Answer, out: TextIO) -> None:
     """The figures, one line each."""
-    calm = asdict(answer.undisturbed) if answer.undisturbed else {}
+    calm = asdict(answer.undisturbed[0]) if answer.undisturbed else {}
     print(f"{'':16}{'disturbed':>12}{'undisturbed':>14}", file=out)
     for key, value in asdict(answer.disturbed).items():
         beside = f"{calm[key]:>14.5g}" if calm else ""
         print(f"{key:16}{value:>12.5g}{beside}", file=out)
     print(f"killed: {answer.happened.killed}, missed: {answer.happened.missed}", file=out)
     print(f"drivers that ended by themselves: {answer.happened.driver_errors}", file=out)
-    if answer.hypervolume_ratio is not None:
-        print(f"hypervolume, disturbed over undisturbed: {answer.hypervolume_ratio:.3f}", file=out)
+    for word, ratios in (
+        ("disturbed over undisturbed", answer.hypervolume_ratios),
+        ("undisturbed over the first of them", answer.noise_ratios),
+    ):
+        if ratios:
+            print(f"hypervolume, {word}: {', '.join(f'{ratio:.3f}' for ratio in ratios)}", file=out)
     print("passed" if answer.passed else "FAILED", file=out)
 
 
@@ -467,7 +479,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="Llama-3.1-8B")
     parser.add_argument("--keep", type=Path, help="folder for logs and storage; a temporary one by default")
-    parser.add_argument("--no-comparison", action="store_true", help="leave the undisturbed run out")
+    parser.add_argument("--calm-runs", type=int, default=1, help="undisturbed runs to compare with; 2 show the noise")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.nodes < len(GPU_TYPES):
@@ -487,7 +499,7 @@ def main() -> int:
         print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     try:
-        answer = measure(plan, folder, say, compare=not options.no_comparison)
+        answer = measure(plan, folder, say, calm_runs=options.calm_runs)
     finally:
         if options.keep is None:
             shutil.rmtree(folder, ignore_errors=True)

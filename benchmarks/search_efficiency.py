@@ -24,9 +24,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pandas as pd
 from rich.console import Console
 
 from benchmarks.search.figures import Yardstick
+from benchmarks.search.hosts import neutral_hosts, refitted_hosts
 from benchmarks.search.jobs import (
     DETERMINISTIC,
     GP,
@@ -43,12 +45,18 @@ from benchmarks.search.jobs import (
     perform_kept,
 )
 from benchmarks.search.modelled import Modelled, learn_priors, with_prior
-from benchmarks.search.priors import file_prior, own_prior
+from benchmarks.search.priors import Prior, file_prior, own_prior
 from benchmarks.search.report import ORACLE, Findings
 from benchmarks.search.surface import read_surface
 from benchmarks.search.tables import measured_tables, read_measurements
+from perf_model.hosts import HOSTS
+from perf_model.prior import model_word
+from perf_model.runs import Run, Unpredictable, read_runs
+from perf_model.silicon import default_silicon
 from perf_model.surrogate import HyperPrior
 
+REFITTED = "fitted without the runs of the table's architecture"
+SHIPPED = "as shipped, fitted to runs of this file too"
 SURFACE = Path(__file__).resolve().parent / "data" / "embedded_surface.parquet"
 
 
@@ -62,21 +70,46 @@ class Subjects:
 
 
 def recorded(options: argparse.Namespace) -> Subjects:
-    """Tables of serving runs; the surrogate's hyperparameters are learnt from the tables of other models only."""
+    """Tables of serving runs; the surrogate's hyperparameters are learnt from tables of other architectures only."""
     rows = read_measurements(options.measurements)
     recording = measured_tables(rows, assume_one_worker=options.assume_one_worker)
-    if options.predictions:
-        prior = file_prior(rows, options.predictions)
-    else:
-        prior = own_prior(rows, options.measurements, options.tables, fitted_hosts=options.fitted_hosts)
-    modelled = tuple(with_prior(table, *prior.of(table.rows["id"])) for table in recording.tables)
-    priors = {
-        model: learn_priors([m for m in modelled if m.table.model != model])
-        for model in {m.table.model for m in modelled}
-    }
+    names = sorted({table.model for table in recording.tables})
+    runs = read_runs(options.measurements)
+    words = architectures(runs)
+    beliefs = _beliefs(rows, runs, {words.get(name, name) for name in names}, options)
+    priors: dict[str, tuple[HyperPrior, ...]] = {}
+    modelled: dict[str, Modelled] = {}
+    for word, prior in beliefs.items():
+        every = [with_prior(table, *prior.of(table.rows["id"])) for table in recording.tables]
+        mine = [one for one in every if words.get(one.table.model, one.table.model) == word]
+        learnt = learn_priors([one for one in every if words.get(one.table.model, one.table.model) != word])
+        modelled |= {one.table.name: one for one in mine}
+        priors |= {one.table.model: learnt for one in mine}
     left_out = [f"{options.measurements.name}: {count} rows: {reason}" for reason, count in recording.left_out.items()]
-    facts = (f"prior of the tables of {options.measurements.name}: {prior.label}", *left_out)
-    return Subjects(modelled=modelled, priors=priors, facts=facts)
+    label = next(iter(beliefs.values())).label if beliefs else "none: no table"
+    facts = (f"prior of the tables of {options.measurements.name}: {label}", *left_out)
+    ordered = tuple(modelled[table.name] for table in recording.tables)
+    return Subjects(modelled=ordered, priors=priors, facts=facts)
+
+
+def architectures(runs: Sequence[Run | Unpredictable]) -> dict[str, str]:
+    """Architecture and sizes by the name of a model: copies of one checkpoint have the same."""
+    return {run.model_name: model_word(run.model) for run in runs if isinstance(run, Run)}
+
+
+def _beliefs(
+    rows: pd.DataFrame, runs: Sequence[Run | Unpredictable], words: set[str], options: argparse.Namespace
+) -> dict[str, Prior]:
+    """What is believed of the rows for the tables of each architecture in `words`."""
+    if options.predictions:
+        return dict.fromkeys(sorted(words), file_prior(rows, options.predictions))
+    silicon = default_silicon(options.tables)
+    if options.hosts != "refitted":
+        hosts, constants = (HOSTS, SHIPPED) if options.hosts == "shipped" else (neutral_hosts(), "neutral")
+        return dict.fromkeys(sorted(words), own_prior(rows, runs, silicon.with_hosts(hosts), constants))
+    known = [run for run in runs if isinstance(run, Run)]
+    fitted = refitted_hosts(known, sorted(words), tables=options.tables, cache=options.cache, jobs=options.jobs)
+    return {word: own_prior(rows, runs, silicon.with_hosts(hosts), REFITTED) for word, hosts in fitted.items()}
 
 
 def measured(path: Path) -> Subjects:
@@ -186,7 +219,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--predictions", type=Path, help="raw predictions in place of our model's: id, ttft_ms, tpot_ms"
     )
     parser.add_argument("--tables", type=Path, help="operation tables of our model; the installed ones by default")
-    parser.add_argument("--fitted-hosts", action="store_true", help="the shipped host constants, which saw these runs")
+    parser.add_argument(
+        "--hosts",
+        choices=("refitted", "neutral", "shipped"),
+        default="refitted",
+        help="constants of engines' hosts: refitted without the table's architecture, neutral, or those shipped, which "
+        "saw these runs",
+    )
     parser.add_argument(
         "--error-share", type=float, default=1.0, help="diagnosis: what if predictions were only this share as wrong"
     )

@@ -3,8 +3,8 @@
 `Prior.log_mean` holds natural logarithms of predicted TTFT and TPOT in ms for every recorded row. Three steps, none of
 which looks at a measurement of the predicted model:
 
-1. the raw model: our operation model without its corrections and with neutral constants of engines' hosts, or a file of
-   predictions (id, ttft_ms, tpot_ms);
+1. the raw model: our operation model without its corrections and with constants of engines' hosts that were fitted to
+   runs of other architectures (`benchmarks.search.hosts`), or a file of predictions (id, ttft_ms, tpot_ms);
 2. rows that the raw model does not predict: a ridge regression of its predictions on the row's sizes, load and names,
    fitted to the model's other rows (or, for a model without any, to every model's), and marked as `filled`;
 3. for a file of predictions, the correction: a ridge regression of log(measured / prediction) on the same columns and
@@ -14,15 +14,15 @@ which looks at a measurement of the predicted model:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from perf_model.hosts import HOSTS, HostTraits
-from perf_model.runs import read_runs
-from perf_model.silicon import default_silicon
+from perf_model.runs import Run, Unpredictable
+from perf_model.silicon import Silicon
 from perf_model.validate import predict_runs
 
 LATENCIES = ("ttft_ms", "tpot_ms")
@@ -53,31 +53,17 @@ def file_prior(rows: pd.DataFrame, predictions: Path) -> Prior:
     return _prior(rows, raw, f"the predictions in {predictions.name}", correct=True)
 
 
-def own_prior(rows: pd.DataFrame, measurements: Path, tables: Path | None, *, fitted_hosts: bool = False) -> Prior:
-    """The prior from our own operation model; `tables` is the directory of its tables, the installed ones where None.
+def own_prior(rows: pd.DataFrame, runs: Sequence[Run | Unpredictable], silicon: Silicon, constants: str) -> Prior:
+    """The prior from our own operation model; `constants` says which the constants of engines' hosts of `silicon` are.
 
-    The constants of engines' hosts are `neutral_hosts`, since the shipped ones are fitted to runs of the same file, the
-    tables' among them; `fitted_hosts` takes these. Raises `InvalidValueError` where there are no tables.
+    Raises `InvalidValueError` where there are no operation tables.
     """
-    hosts = HOSTS if fitted_hosts else neutral_hosts()
-    predicted, _ = predict_runs(read_runs(measurements), default_silicon(tables).with_hosts(hosts))
+    predicted, _ = predict_runs(runs, silicon)
     raw = pd.DataFrame(
         {"id": [p.run.id for p in predicted]} | {n: [getattr(p, n) for p in predicted] for n in LATENCIES}
     )
-    constants = "the shipped host constants, fitted to runs of this file too" if fitted_hosts else "neutral constants"
-    source = f"our operation model without corrections fitted to serving runs, with {constants} of engines' hosts"
+    source = f"our operation model without corrections fitted to serving runs, constants of engines' hosts {constants}"
     return _prior(rows, raw.set_index("id"), source, correct=False)
-
-
-def neutral_hosts() -> dict[str, HostTraits]:
-    """Host constants that no run was looked at for: kernels take their time, and a step costs 1 ms more.
-
-    What is no fitted constant (how an engine reserves cache, whether ranks wait for each other) stays.
-    """
-    constants = dict.fromkeys(("layer_ms", "prefill_layer_ms", "sequence_ms", "request_ms", "latent_layer_ms"), 0.0)
-    constants |= dict.fromkeys(("decode_factor", "prefill_factor", "step_ms"), 1.0)
-    constants |= {"admission_steps": 1.0, "busy_admission_steps": 1.0, "parallel_admission_steps": 0.0}
-    return {engine: replace(traits, **constants) for engine, traits in HOSTS.items()}
 
 
 def _prior(rows: pd.DataFrame, raw_file: pd.DataFrame, source: str, *, correct: bool) -> Prior:

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import measure_surface
 from benchmarks.search.figures import Run, Yardstick, replay
 from benchmarks.search.hindsight import told_all_others
+from benchmarks.search.hosts import neutral_hosts
 from benchmarks.search.jobs import (
     GP,
     HINDSIGHT,
@@ -25,7 +26,6 @@ from benchmarks.search.jobs import (
     perform_kept,
 )
 from benchmarks.search.modelled import Modelled
-from benchmarks.search.priors import neutral_hosts
 from benchmarks.search.report import Findings
 from benchmarks.search.samplers import TableSpace, random_order, sampler_order
 from benchmarks.search.surface import read_surface

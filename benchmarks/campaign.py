@@ -50,7 +50,7 @@ from benchmarks.campaigns.arms import (
     run_alone,
     run_campaign_here,
 )
-from benchmarks.campaigns.world import Yardstick, campaign_text, yardstick
+from benchmarks.campaigns.world import Yardstick, campaign_text, keep_models, yardstick
 from tuner.campaigns.campaign import load_campaign
 
 TARGET_GAIN, TARGET_TRANSFER, TARGET_BUDGET = 1.5, 0.5, 0.02
@@ -363,6 +363,7 @@ def parse_options() -> argparse.Namespace:
 def main() -> int:
     """Run, print; 0 where every target was met."""
     options = parse_options()
+    keep_models()
     if options.one:
         file, folder, seed, log = options.one
         run_campaign_here(Path(file), Path(folder), int(seed), Path(log))
@@ -373,7 +374,7 @@ def main() -> int:
         for seed in range(options.seeds)
     ]
     try:
-        with ProcessPoolExecutor(options.jobs) as pool:
+        with ProcessPoolExecutor(options.jobs, initializer=keep_models) as pool:
             found = answer(list(pool.map(world, plans)))
     finally:
         if options.keep is None:

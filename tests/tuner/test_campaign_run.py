@@ -72,6 +72,7 @@ def test_it_ends_by_itself_when_every_study_is_closed_and_says_so(invoke: Invoke
     assert "many.few" in invoke("campaign", "status", "many").out
 
 
+@pytest.mark.long
 def test_it_ends_at_its_budget_goes_on_with_a_raised_one_and_measures_nothing_twice(invoke: Invoke) -> None:
     first = invoke("campaign", "run", "campaign.yaml", "--set", "budget={device_hours: 0.03}", "--json")
     assert first.code == 0, first.err
@@ -99,17 +100,13 @@ def test_other_studies_under_its_name_are_refused_and_more_are_welcome(invoke: I
     assert [study["study"] for study in status(invoke)["studies"]][-1] == "many.one"
 
 
-def test_of_two_runners_one_is_refused(invoke: Invoke) -> None:
+def test_of_two_runners_one_is_refused_and_a_paused_campaign_waits(invoke: Invoke) -> None:
     invoke("campaign", "run", "campaign.yaml", "--set", "budget={device_hours: 0.001}")
     with take_lease(open_storage(URL), campaign_study("many")):
         refused = invoke("campaign", "run", "campaign.yaml")
         assert refused.code == 2
         assert "campaign 'many' is run already: process" in refused.err
         assert status(invoke)["runner"].startswith("process ")
-
-
-def test_a_campaign_that_is_paused_measures_nothing_until_it_is_resumed(invoke: Invoke) -> None:
-    invoke("campaign", "run", "campaign.yaml", "--set", "budget={device_hours: 0.001}")
     assert invoke("campaign", "pause", "many").code == 0
     assert status(invoke)["waits_for"].startswith("paused by ")
     assert invoke("campaign", "stop", "many").code == 2, "nobody runs it"

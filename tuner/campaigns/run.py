@@ -423,7 +423,7 @@ class CampaignRun:
         min_gain, patience = least_gain(own, self.campaign)
         ended = last.end.reason if last.end else ""
         reasons = (
-            (f"given up after {len(failed)} slices that failed: {ended}", self._is_given_up(failed)),
+            (f"given up, {len(failed)} of its last slices failed: {ended}", self._is_given_up(failed)),
             (str(StopReason.TRIALS), standing.progress.finished >= own.trials),
             (str(StopReason.DEVICE_HOURS), _used(own.device_hours, standing.spent.device_hours)),
             (str(StopReason.COST), _used(own.cost, standing.spent.dollars)),

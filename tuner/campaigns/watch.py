@@ -183,7 +183,8 @@ def _odd(host: str, placed: Sequence[tuple[str, TrialRecord]], runs: Iterable[Ru
         return None
     for metric in NODE_METRICS:
         ours, theirs = _values(own, metric), _values(rest, metric)
-        noise = _within(placed, metric) or noise_of(runs, metric)
+        compared = [*((host, trial) for trial in own), *((name, trial) for name, trial in placed if name != host)]
+        noise = _within(compared, metric) or noise_of(runs, metric)
         if noise is None or len(ours) < LEAST_RUNS or min(*ours, *theirs) <= 0:
             continue
         change = statistics.fmean(map(math.log, ours)) - statistics.fmean(map(math.log, theirs))

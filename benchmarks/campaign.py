@@ -1,6 +1,6 @@
 """Twelve small studies on one budget: a campaign against the same studies alone with equal shares.
 
-    python benchmarks/campaign.py [--seeds 3] [--hours 10] [--kills 5] [--jobs 2] [--json]
+    python benchmarks/campaign.py [--seeds 3] [--hours 7] [--kills 5] [--jobs 2] [--json]
 
 EMULATED: no figure says anything of a GPU. What is real: campaign file, slices, storage, leases, the search with its
 model, screen and NSGA-II, what earlier studies teach, and kill -9. What is not: a trial takes no time. Its outcome, and
@@ -350,8 +350,8 @@ def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="worlds")
-    parser.add_argument("--hours", type=float, default=10.0, help="budget of a campaign in device-hours")
-    parser.add_argument("--trials", type=int, default=20, help="measurements of a study of the transfer")
+    parser.add_argument("--hours", type=float, default=7.0, help="budget of a campaign in device-hours")
+    parser.add_argument("--trials", type=int, default=14, help="measurements of a study of the transfer")
     parser.add_argument("--kills", type=int, default=5, help="of the first world's campaign; 0 for none")
     parser.add_argument("--jobs", type=int, default=2, help="worlds at once, each in a process")
     parser.add_argument("--keep", type=Path, help="folder of the worlds; a run that was cut off goes on there")

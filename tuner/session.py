@@ -153,8 +153,8 @@ def _run(
         lease.ensure()
         if asked.portion is None:  # who gives out portions publishes when the study is done
             publish(storage, report)
-        for line in attach_deployments(storage, place, report, file):
-            observer.note(line)
+            for line in attach_deployments(storage, place, report, file):
+                observer.note(line)
         return Ended(reason=reason, stop_order=order, report=report)
 
 

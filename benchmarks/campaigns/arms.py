@@ -108,6 +108,7 @@ def run_campaign_here(file: Path, folder: Path, seed: int, log: Path | None = No
             campaign=record.campaign(),
             record=record,
             storage=storage,
+            place=place,
             lease=lease,
             slices=SlicesHere(connector=connect, place=place, stop_requested=lambda: False),
             observer=Quiet(log=log),

@@ -191,6 +191,7 @@ def run_campaign(folder: Path, text: str, world: World) -> tuple[str | None, Rec
             campaign=record.campaign(),
             record=record,
             storage=storage,
+            place=place,
             lease=lease,
             slices=SlicesHere(connector=world.connector, place=place, stop_requested=lambda: False),
             observer=watcher,

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Protocol
 
-from studies.lease import Lease, is_free, read_lease
+from studies.errors import StudyBusyError
+from studies.lease import Lease, is_free, read_lease, take_lease
 from studies.stopping import StopReason
 from studies.storage import Storage, open_lease_book
 from tuner.campaigns.campaign import Campaign
@@ -23,9 +24,11 @@ from tuner.campaigns.record import CellRecord, End, Record, Slice, SliceEnd, Sli
 from tuner.campaigns.slices import Order, SliceRunner
 from tuner.campaigns.standing import Cost, Standing
 from tuner.campaigns.watch import due, odd_nodes, verdict
+from tuner.deploy.archives import attach_deployments
 from tuner.observer import Observer
+from tuner.places import Place
 from tuner.report_dashboard import publish
-from tuner.session import Again
+from tuner.session import Again, lease_times
 from tuner.stored import make_report
 from tuner.study_schema import BudgetSection, StudyFile
 
@@ -83,6 +86,7 @@ class CampaignRun:
     campaign: Campaign
     record: Record
     storage: Storage
+    place: Place
     lease: Lease
     slices: SliceRunner
     observer: CampaignObserver
@@ -411,10 +415,20 @@ class CampaignRun:
                 listener.drifted(view, f"node:{suspect.host}:{suspect.since_s:.0f}", text, standing)
 
     def _publish(self, standing: Standing) -> None:
-        """Plots for the dashboard, which portions of a study leave to who gives them out."""
+        """Plots and deployment files for the dashboard, which portions of a study leave to who gives them out."""
         history = self._looker.history(standing.record.study)
-        if history is not None:
-            publish(self.storage, make_report(history, standing.cell.study))
+        if history is None:
+            return
+        study = standing.cell.study.model_copy(update={"name": history.name})
+        report = make_report(history, study)
+        try:
+            with take_lease(self.storage, history.name, lease_times()):
+                publish(self.storage, report)
+                lines = attach_deployments(self.storage, self.place, report, study)
+        except StudyBusyError as error:  # someone runs it by hand, and that run leaves them
+            lines = (str(error),)
+        for line in lines:
+            self.observer.note(line)
 
     def _why_closed(self, standing: Standing, last: Slice) -> str | None:
         """Why a study gets no more candidates; None where it may."""

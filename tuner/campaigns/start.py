@@ -43,6 +43,7 @@ def run_campaign(
         campaign=record.campaign(),
         record=record,
         storage=storage,
+        place=place,
         lease=lease,
         slices=_slices(campaign, place, address),
         observer=observer,

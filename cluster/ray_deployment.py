@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,53 +19,27 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster import deployment as life
-from cluster.cache_reset import CacheReset
-from cluster.cores import CoreLedger
-from cluster.engines.base import EngineBackend, NeedsSharedFolder, ReplicaPart, ResetsCaches, RouterSpec
-from cluster.load.driver import LoadRun
-from cluster.load.measure import TIMINGS_ARTIFACT, LoadMeasurement
+from cluster.engines.base import EngineBackend, ReplicaPart
+from cluster.load.measure import LoadMeasurement
 from cluster.node_facts import NodeFacts
 from cluster.placement import Bundle, BundleKind, Placement
 from cluster.power import total_power_w
-from cluster.processes import ProcessId, Tags
-from cluster.ray_actors import MARKER, Job, ProcessActor, ReplicaJob, RouterJob, Seat, Serving
+from cluster.processes import Tags
+from cluster.ray_actors import MARKER, Job, ProcessActor, Serving
 from cluster.ray_calls import Calls
 from cluster.ray_inquiry import Inquiry, lost_actor, silent_node
-from cluster.ray_load import LoadActor, LoadJob, LoadReply
-from cluster.ray_nodes import NodeWatch
-from cluster.ray_session import RayCluster
-from cluster.records import engine_facts, environment, keep_logs, price_per_hour
+from cluster.ray_jobs import Jobs, keep_files
+from cluster.ray_load import LoadActor, LoadReply
+from cluster.ray_seats import Seats
+from cluster.ray_site import Site
+from cluster.records import engine_facts, environment, keep_logs
 from cluster.runner import TrialRequest
 from search_spaces.outcome import Failure, FailureReason, Measurement, Outcome
-from search_spaces.serving import Role
 
 OVERLAPPING_CALLS = 8
-TIMINGS_FILE = "request_timings.parquet"
-ROUTER_STATS_FILE = "router_stats.json"
-LOOPBACK = "127.0.0.1"
 NODE_LABEL = "ray.io/node-id"
 """A label that Ray gives every node: its id."""
 _BOOT_TIMINGS = ("placement", "start")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """What all deployments of a runner share. `ledgers` are the cores of each machine, by its id.
-
-    Clients must send `api_key` to every engine and router. `watch` knows which nodes are really there.
-    """
-
-    study: str
-    cluster: RayCluster
-    coordinator: ProcessId
-    work_dir: Path
-    api_key: str = field(repr=False)
-    watch: NodeWatch
-    ledgers: dict[str, CoreLedger] = field(default_factory=dict)
-
-    def ledger(self, facts: NodeFacts) -> CoreLedger:
-        """The core ledger of the machine that `facts` describe."""
-        return self.ledgers.setdefault(facts.machine, CoreLedger(facts.cores))
 
 
 class RayDeployment:
@@ -95,9 +69,8 @@ class RayDeployment:
         self._inquiry = Inquiry(
             calls=self._calls, watch=site.watch, verdict=lambda failure: self._feed(life.Faulted(failure=failure))
         )
-        self._facts: dict[str, NodeFacts] = {}
-        self._addresses: dict[str, str] = {}
-        self._seats: dict[str, Seat] = {}
+        self._seats = Seats(owner=name, placement=placement, site=site)
+        self._jobs = Jobs(request=request, placement=placement, backend=backend, seats=self._seats, folder=self.folder)
         self._serving: dict[str, Serving] = {}
         self._start_by_s = 0.0
         routed = placement.router is not None
@@ -172,24 +145,19 @@ class RayDeployment:
     # faults
 
     def _gone(self, name: str, error: ray.exceptions.RayError) -> None:
-        self._investigate(name, lost_actor(name, self._facts.get(name), self._site.watch, error))
-
-    def _is_silent(self, name: str) -> bool:
-        """True where the node of `name` does not answer, whatever Ray says."""
-        facts = self._facts.get(name)
-        return facts is not None and facts.node_id in self._site.watch.lost
+        self._investigate(name, lost_actor(name, self._seats.facts.get(name), self._site.watch, error))
 
     def _look_at_nodes(self) -> None:
-        silent = {name: facts for name, facts in self._facts.items() if self._is_silent(name)}
+        silent = {name: facts for name, facts in self._seats.facts.items() if self._seats.is_silent(name)}
         if silent and not self._inquiry.is_open:
             self._investigate(next(iter(silent)), silent_node(silent))
 
     def _investigate(self, name: str, failure: Failure | None) -> None:
         """Stop for what tells most of a fault: `failure` is the first sign of it, which is rarely the cause."""
         if self._state.alive:
-            there = {b.name: self._actors[b.name] for b in self._processes if not self._is_silent(b.name)}
+            there = {b.name: self._actors[b.name] for b in self._processes if not self._seats.is_silent(b.name)}
             ready = self._state.phase not in life.BOOTING
-            self._inquiry.hear(name, failure, actors=there, facts=self._facts, ready=ready)
+            self._inquiry.hear(name, failure, actors=there, facts=self._seats.facts, ready=ready)
 
     @property
     def _processes(self) -> tuple[Bundle, ...]:
@@ -231,18 +199,18 @@ class RayDeployment:
         return ray.remote(ProcessActor).options(max_concurrency=OVERLAPPING_CALLS, **options).remote(tags)
 
     def _learned(self, name: str, facts: NodeFacts) -> None:
-        self._facts[name] = facts
-        if len(self._facts) < len(self._placement.bundles) or self._state.phase is not life.Phase.STARTING:
+        self._seats.facts[name] = facts
+        if len(self._seats.facts) < len(self._placement.bundles) or self._state.phase is not life.Phase.STARTING:
             return
-        blind = self._blind()
+        blind = self._jobs.blind(self._processes)
         if blind is not None:
             self._feed(life.Faulted(failure=Failure(reason=FailureReason.PLACEMENT, detail=blind)))
             return
-        self._take_seats()
+        self._seats.take()
         for leader in self._placement.leaders:
             parts = self._placement.parts(leader)
             if len(parts) == 1:
-                self._serve(leader, self._replica_job(leader))
+                self._serve(leader, self._jobs.replica(leader))
             else:
                 port = self._actors[leader.name].free_port.remote(self._seats[leader.name].host)
                 self._calls.add(port, partial(self._serve_parts, parts), partial(self._gone, leader.name))
@@ -253,92 +221,12 @@ class RayDeployment:
         devices = tuple(bundle.devices for bundle in parts)
         for rank, bundle in enumerate(parts):
             part = ReplicaPart(rank=rank, hosts=hosts, devices=devices, rendezvous_port=port)
-            self._serve(bundle, self._replica_job(bundle, part))
-
-    def _blind(self) -> str | None:
-        """Why the engine cannot hand over between these nodes, None where it can."""
-        backend, facts = self._backend, self._facts
-        nodes = {facts[bundle.name].node_id for bundle in self._processes}
-        hosts = sorted({facts[b.name].host for b in self._processes if not facts[b.name].sees_folder})
-        needed = isinstance(backend, NeedsSharedFolder) and backend.needs_shared_folder(self.config)
-        if len(nodes) == 1 or not hosts or not needed:
-            return None
-        return (
-            f"engine {backend.name} hands KV caches over through files, and {', '.join(hosts)} does not see "
-            f"{self.folder}; put the work folder on a file system that all nodes share, or use one node"
-        )
-
-    def _take_seats(self) -> None:
-        """Cores for everyone, the replicas first; one node talks over the loopback address."""
-        self._addresses = addresses = {node.node_id: node.ip for node in self._site.cluster.nodes()}
-        one_node = len({facts.node_id for facts in self._facts.values()}) == 1
-        router = self._placement.router
-        for bundle in (*self._placement.replicas, self._placement.client, *((router,) if router else ())):
-            facts = self._facts[bundle.name]
-            cores = self._grant(bundle, self._site.ledger(facts))
-            host = LOOPBACK if one_node else addresses.get(facts.node_id, facts.host)
-            devices = facts.gpu_ids if bundle.gpus else cores
-            self._seats[bundle.name] = Seat(
-                host=host,
-                cores=cores,
-                device_ids=devices,
-                on_gpu=bundle.gpus > 0,
-                node=facts.node_id,
-                api_key=self._site.api_key,
-            )
-
-    def _grant(self, bundle: Bundle, ledger: CoreLedger) -> tuple[int, ...]:
-        owner = self._owner(bundle.name)
-        match bundle.kind:
-            case BundleKind.CLIENT:
-                return ledger.grant_client(owner)
-            case BundleKind.ROUTER:
-                return ledger.grant_router(owner)
-            case BundleKind.REPLICA:
-                return ledger.grant_host() if bundle.gpus else ledger.grant_replica(owner, bundle.devices)
-
-    def _owner(self, bundle_name: str) -> str:
-        return f"{self.name}/{bundle_name}"
-
-    def _replica_job(self, bundle: Bundle, part: ReplicaPart | None = None) -> ReplicaJob:
-        problem = self._booted_for.problem
-        return ReplicaJob(
-            backend=self._backend,
-            name=bundle.name,
-            trial=self._booted_for.trial,
-            pool=next(pool for pool in self.config.pools if pool.role is bundle.role),
-            index=bundle.index,
-            model=problem.model,
-            workload=problem.workload,
-            model_dir=self._site.work_dir / "models",
-            work_dir=self.folder,
-            shared_dir=self.folder / "shared",
-            peer=next((pool for pool in self.config.pools if pool.role is not bundle.role), None),
-            part=part,
-        )
+            self._serve(bundle, self._jobs.replica(bundle, part))
 
     def _start_router(self) -> None:
         router = self._placement.router
         if router is not None:
-            self._serve(router, RouterJob(backend=self._backend, spec=self._router_spec(), work_dir=self.folder))
-
-    def _router_spec(self) -> RouterSpec:
-        urls: dict[Role | None, list[str]] = {}
-        for bundle in self._placement.leaders:
-            urls.setdefault(bundle.role, []).append(self._serving[bundle.name].url)
-        pools = {pool.role: pool for pool in self.config.pools}
-        return RouterSpec(
-            trial=self._booted_for.trial,
-            host=LOOPBACK,
-            port=0,
-            model=self._booted_for.problem.model,
-            prefill_urls=tuple(urls.get(Role.PREFILL, ())),
-            decode_urls=tuple(urls.get(Role.DECODE, ())),
-            mixed_urls=tuple(urls.get(Role.MIXED, ())),
-            prefill_pool=pools.get(Role.PREFILL),
-            decode_pool=pools.get(Role.DECODE),
-            shared_dir=self.folder / "shared",
-        )
+            self._serve(router, self._jobs.router(self._serving))
 
     def _serve(self, bundle: Bundle, job: Job) -> None:
         left_s = max(0.0, self._start_by_s - time.monotonic())
@@ -365,49 +253,12 @@ class RayDeployment:
 
     def _measure(self, request: TrialRequest) -> None:
         request.artifact_dir.mkdir(parents=True, exist_ok=True)
-        problem, router = request.problem, self._placement.router
-        url = self._serving[(router or self._placement.replicas[0]).name].url
-        run = LoadRun(
-            url=url,
-            model_name=problem.model.name,
-            workload=problem.workload,
-            load=request.candidate.load,
-            vocab_size=problem.model.vocab_size,
-            seed=request.seed,
-            rule=request.rule,
-            limit_s=request.limits.measure_s,
-            timings_path=request.artifact_dir / TIMINGS_FILE,
-            api_key=self._site.api_key,
-        )
         client = self._placement.client.name
-        job = LoadJob(
-            run=run,
-            slos=problem.slos,
-            devices=self.config.devices,
-            price_per_hour=price_per_hour(self.config, problem),
-            cores=self._seats[client].cores,
-            router_url=None if router is None else url,
-            resets=self._resets(),
-            first_rate=request.first_rate,
-        )
-        reference = self._actors[client].measure.remote(job)
+        reference = self._actors[client].measure.remote(self._jobs.load(request, self._serving))
         self._calls.add(reference, partial(self._measured, request.trial), partial(self._gone, client))
 
-    def _resets(self) -> tuple[CacheReset, ...]:
-        """What makes every replica forget earlier prompts."""
-        backend = self._backend
-        if not isinstance(backend, ResetsCaches):
-            return ()
-        pools = {pool.role: pool for pool in self.config.pools}
-        return tuple(
-            CacheReset(url=self._serving[bundle.name].url + call.path, method=call.method)
-            for bundle in self._placement.leaders
-            if bundle.role is not None
-            for call in backend.reset_calls(pools[bundle.role])
-        )
-
     def _measured(self, trial: str, reply: LoadReply) -> None:
-        artifacts = _keep_files(reply, self._requests[trial].artifact_dir)
+        artifacts = keep_files(reply, self._requests[trial].artifact_dir)
         outcome = reply.outcome
         if isinstance(outcome, LoadMeasurement):
             measurement = self._measurement(outcome, artifacts)
@@ -470,26 +321,21 @@ class RayDeployment:
         )
 
     def _environment(self) -> dict[str, str]:
-        shared = [
-            name
-            for name, facts in self._facts.items()
-            if name in self._seats and self._site.ledger(facts).shared(self._owner(name))
-        ]
         launched = [serving.launched for serving in self._serving.values()]
         return environment(
             backend=self._backend,
             ray_version=ray.__version__,
-            nodes=self._facts,
-            addresses=self._addresses,
-            cores={name: seat.cores for name, seat in self._seats.items()},
-            shared=shared,
+            nodes=self._seats.facts,
+            addresses=self._seats.addresses,
+            cores=self._seats.cores,
+            shared=self._seats.sharing,
             oversubscribed=self._site.cluster.oversubscribed,
         ) | engine_facts(self._backend, self.config, launched)
 
     def _stop_processes(self, limit_s: float) -> None:
         """End the processes; their logs come with the answers, and those of lost actors are lost."""
         self._calls.clear()
-        there = [b.name for b in self._processes if not self._is_silent(b.name)]
+        there = [b.name for b in self._processes if not self._seats.is_silent(b.name)]
         stops = {name: self._actors[name].stop.remote(limit_s) for name in there}
         self._calls.gather(stops, self._stopped, limit_s + life.START_GRACE_S)
 
@@ -502,8 +348,7 @@ class RayDeployment:
         self._calls.clear()
         if self._group is not None:
             remove_placement_group(self._group)
-        for name in self._seats:
-            self._site.ledger(self._facts[name]).free(self._owner(name))
+        self._seats.free()
         self._actors.clear()
 
 
@@ -516,17 +361,3 @@ def _scheduling(group: PlacementGroup | None, index: int) -> PlacementGroupSched
     if group is None:
         raise AssertionError("actors are started in a placement group that was reserved before")
     return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
-
-
-def _keep_files(reply: LoadReply, folder: Path) -> dict[str, str]:
-    """Write what the load generator sent into `folder`; paths by artefact name."""
-    stats = (reply.router_stats or "").encode()
-    kept = {}
-    for name, file, content in (
-        (TIMINGS_ARTIFACT, TIMINGS_FILE, reply.timings),
-        ("router_stats", ROUTER_STATS_FILE, stats),
-    ):
-        if content:
-            (folder / file).write_bytes(content)
-            kept[name] = str(folder / file)
-    return kept

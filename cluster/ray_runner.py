@@ -18,9 +18,10 @@ from cluster.engines.base import EngineBackend, PerDeployment, SpansNodes
 from cluster.janitor import TaggedProcess, coordinators_of, dead_among, end_orphans, end_processes_of
 from cluster.placement import Bundle, Placement, PlacementError, fit_together, missing_nodes, plan_placement
 from cluster.processes import ProcessId, node_folder, remove_left_folders
-from cluster.ray_deployment import RayDeployment, Site
+from cluster.ray_deployment import RayDeployment
 from cluster.ray_nodes import NodeWatch, WatchRule
 from cluster.ray_session import RayCluster
+from cluster.ray_site import Site
 from cluster.runner import Running, TrialHandle, TrialRequest
 from search_spaces.errors import InvalidValueError, TunerError
 from search_spaces.outcome import Failure, FailureReason, Outcome

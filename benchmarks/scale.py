@@ -1,6 +1,7 @@
 """A study of 2,000 trials on 1,000 accelerators: what the coordinator costs, and whether it keeps the nodes busy.
 
-    python benchmarks/scale.py [--trials 2000] [--nodes 125] [--parallel 112] [--speed-up 1] [--seed 0] [--json]
+    python benchmarks/scale.py [--trials 2000] [--nodes 125] [--parallel 160] [--speed-up 1] [--seed 0] [--json]
+        [--clock wall|cpu] [--most-minutes 60]
 
 What is real: the study file, its space and rules, the performance model and what it learns, the screen and NSGA-II, the
 SQLite storage with its lease, the loop of `tuner study run` (this process calls the same `run_study`), the placement
@@ -11,6 +12,10 @@ What is not: there is one Ray node, which declares the accelerators of each of t
 engine is started: its start-up and its measurement take seconds by formula, shortened by `--speed-up`, and the figures
 are those of the uncorrected model times a random factor of each configuration and of each run. Seconds of the
 coordinator are never shortened. EMULATED: no figure says anything of a GPU.
+
+With `--clock cpu` there is no Ray either, and time passes only as the coordinator computes: its clock is the processor
+time of its thread, a sleep moves it on at once, and the formulas above take none of it. That is what a machine with a
+free core would show, whatever else this one does, but for waits for the disk and for placement groups.
 
 Printed, by the number of trials that were told before: the seconds that a trial costs beside its start-up and its
 measurement (proposing it, its placement group, noticing that it has ended, storing it, learning from it), and the
@@ -30,10 +35,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
+from unittest.mock import patch
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")  # before numpy: the two cores that the project's targets speak of
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -51,6 +58,7 @@ from search_spaces.serving import Candidate, ServingConfig
 from studies.history import StudyHistory
 from studies.records import Proposal, TrialRecord, TrialStatus
 from studies.storage import open_storage
+from tuner.loop import Search
 from tuner.observer import Snapshot
 from tuner.places import Place, find_place
 from tuner.session import run_study
@@ -98,6 +106,7 @@ class Plan:
     speed_up: float
     seed: int
     most_minutes: float
+    clock: str
 
 
 def study_text(plan: Plan) -> str:
@@ -169,6 +178,78 @@ def one_ray_node(pools: Sequence[NodePool]) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+# ----------------------------------------------------------------------------------------------------------- the clocks
+
+
+class WallClock:
+    """Seconds as they pass."""
+
+    def __call__(self) -> float:
+        """The time by the machine's clock."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)
+
+
+@dataclass
+class CpuClock:
+    """Processor time of this thread, and what it has slept, which takes no time at all."""
+
+    slept_s: float = 0.0
+
+    def __call__(self) -> float:
+        """The time by this clock."""
+        return time.thread_time() + self.slept_s
+
+    def sleep(self, seconds: float) -> None:
+        """Move on."""
+        self.slept_s += seconds
+
+    def free(self, seconds: float) -> None:
+        """Forget seconds of the processor that are none of the coordinator's."""
+        self.slept_s -= seconds
+
+
+Clock = WallClock | CpuClock
+
+
+class RayGroups:
+    """Placement groups of Ray."""
+
+    def make(self, bundles: list[dict[str, float]]) -> Any:
+        """Ask for a group."""
+        from ray.util import placement_group
+
+        return placement_group(bundles, strategy="PACK")
+
+    def is_ready(self, group: Any) -> bool:
+        """True once Ray has placed it."""
+        return bool(group.wait(0))
+
+    def remove(self, group: Any) -> None:
+        """Give it back."""
+        from ray.util import remove_placement_group
+
+        remove_placement_group(group)
+
+
+class NoGroups:
+    """Groups that are there at once: without Ray."""
+
+    def make(self, bundles: list[dict[str, float]]) -> Any:
+        """What stands for a group."""
+        return bundles
+
+    def is_ready(self, _group: Any) -> bool:
+        """It is."""
+        return True
+
+    def remove(self, _group: Any) -> None:
+        """Nothing is there."""
 
 
 # --------------------------------------------------------------------------------------------------------- the engines
@@ -254,7 +335,8 @@ class EmulatedRunner:
     """See `cluster.runner.TrialRunner`: real placement groups, engines by formula."""
 
     def __init__(self, truth: Truth, pools: Sequence[NodePool], plan: Plan, meter: Meter) -> None:
-        self._truth, self._plan, self._meter = truth, plan, meter
+        self._truth, self._plan, self._meter, self._clock = truth, plan, meter, meter.clock
+        self._groups = RayGroups() if plan.clock == "wall" else NoGroups()
         self._ledger = Ledger.of(pools)
         self._trials: dict[str, Trial] = {}
 
@@ -264,29 +346,27 @@ class EmulatedRunner:
         with self._meter.emulating():
             outcome = self._truth.outcome(request)
             seconds = sum(outcome.timings_s.values()) or self._truth.start_s(request.candidate.config)
-        trial = Trial(request=request, outcome=outcome, seconds=seconds / self._plan.speed_up, began_s=time.monotonic())
+        trial = Trial(request=request, outcome=outcome, seconds=seconds / self._plan.speed_up, began_s=self._clock())
         self._trials[request.trial] = trial
         self._place(trial)
         return TrialHandle(trial=request.trial, config_key=request.candidate.config.key)
 
     def _place(self, trial: Trial) -> None:
-        from ray.util import placement_group
-
         placement = plan_placement(trial.request.candidate.config, trial.request.problem)
         taken = self._ledger.take(placement)
         if taken is None:
             return
-        trial.taken, trial.fits_s = taken, time.monotonic()
+        trial.taken, trial.fits_s = taken, self._clock()
         bundles = [{name: float(gpus), "CPU": float(gpus)} for name, gpus in taken.items()]
         bundles += [b.resources for b in placement.bundles if b.kind is not BundleKind.REPLICA]
-        trial.group = placement_group(bundles, strategy="PACK")
+        trial.group = self._groups.make(bundles)
 
     def poll(self, handle: TrialHandle) -> Running | Outcome:
         """The outcome once its time is over; devices go to those that wait."""
         trial = self._trials[handle.trial]
-        now_s = time.monotonic()
-        if trial.group is not None and trial.ready_s is None and trial.group.wait(0):
-            trial.ready_s = time.monotonic()
+        now_s = self._clock()
+        if trial.group is not None and trial.ready_s is None and self._groups.is_ready(trial.group):
+            trial.ready_s = self._clock()
         if now_s < trial.ends_s:
             return Running(phase=trial.phase, elapsed_s=now_s - trial.began_s)
         self._remove(handle.trial)
@@ -297,11 +377,9 @@ class EmulatedRunner:
         return trial.outcome
 
     def _remove(self, name: str) -> None:
-        from ray.util import remove_placement_group
-
         trial = self._trials.pop(name)
         if trial.group is not None:
-            remove_placement_group(trial.group)
+            self._groups.remove(trial.group)
             self._ledger.give_back(trial.taken)
 
     def stop(self, handle: TrialHandle) -> None:
@@ -382,7 +460,8 @@ class _Begun:
 class Meter:
     """Looks at the clock whenever the loop calls the runner or the observer; an observer and more."""
 
-    def __init__(self, say: TextIO) -> None:
+    def __init__(self, say: TextIO, clock: Clock) -> None:
+        self.clock = self._clock = clock
         self.costs: list[Cost] = []
         self.rss_bytes: list[int] = []
         self.devices: list[tuple[float, int]] = []
@@ -403,22 +482,26 @@ class Meter:
     def asks(self) -> None:
         """The loop is about to ask for proposals."""
         self._share_out()
-        self._asks_s, self._asks_cpu_s = time.monotonic(), time.thread_time()
+        self._asks_s, self._asks_cpu_s = self._clock(), time.thread_time()
         self._batch, self._emulated_cpu_s = [], 0.0
 
     def asked(self) -> None:
         """The loop has a proposal, and hands it over."""
-        self._asked_s = time.monotonic()
+        self._asked_s = self._clock()
         self._ask_s = self._asked_s - self._asks_s
         self._emulated_s = 0.0
 
     @contextmanager
     def emulating(self) -> Iterator[None]:
         """Inside the block a formula takes the place of an engine."""
-        began_s, began_cpu_s = time.monotonic(), time.thread_time()
+        began_s, began_cpu_s = self._clock(), time.thread_time()
         yield
-        self._emulated_s += time.monotonic() - began_s
-        self._emulated_cpu_s += time.thread_time() - began_cpu_s
+        spent_s = time.thread_time() - began_cpu_s
+        self._emulated_cpu_s += spent_s
+        self._emulated_s += self._clock() - began_s
+        if isinstance(self._clock, CpuClock):
+            self._clock.free(spent_s)
+            self._emulated_s = 0.0
 
     def _share_out(self) -> None:
         """The processor time of what was asked for together, in equal parts."""
@@ -428,7 +511,7 @@ class Meter:
 
     def over(self, trial: Trial) -> None:
         """The runner gives out the outcome of `trial`."""
-        self._over.append((time.monotonic(), trial))
+        self._over.append((self._clock(), trial))
         self._tell_cpu_s = time.thread_time()
 
     def note(self, text: str) -> None:
@@ -441,14 +524,14 @@ class Meter:
         self._batch_cpu_s = time.thread_time() - self._asks_cpu_s - self._emulated_cpu_s
         self._ask[proposal.trial_number] = _Begun(
             ask_s=self._ask_s,
-            begin_s=time.monotonic() - self._asked_s - self._emulated_s,
+            begin_s=self._clock() - self._asked_s - self._emulated_s,
             emulation_s=self._emulated_s,
             cpu_s=0.0,
         )
 
     def ended(self, record: TrialRecord, _problem: Problem) -> None:
         """As `tuner.observer.Observer`."""
-        self._ended_s, self._ended_cpu_s = time.monotonic(), time.thread_time()
+        self._ended_s, self._ended_cpu_s = self._clock(), time.thread_time()
         seen_s, trial = self._over.pop(0)
         self._share_out()
         begun = self._ask.pop(record.number)
@@ -466,7 +549,7 @@ class Meter:
 
     def now(self, snapshot: Snapshot) -> None:
         """As `tuner.observer.Observer`: called once in a turn of the loop, after what was learned."""
-        learn_s = (time.monotonic() - self._ended_s) / max(1, len(self._open))
+        learn_s = (self._clock() - self._ended_s) / max(1, len(self._open))
         learn_cpu_s = (time.thread_time() - self._ended_cpu_s) / max(1, len(self._open))
         for cost in self._open:
             self.costs.append(replace(cost, learn_s=learn_s, cpu_s=cost.cpu_s + learn_cpu_s))
@@ -584,14 +667,15 @@ def rows_of(meter: Meter) -> tuple[Row, ...]:
 
 def measure(plan: Plan, folder: Path, say: TextIO) -> Answer:
     """Run the study and judge it."""
-    meter = Meter(say)
+    clock: Clock = WallClock() if plan.clock == "wall" else CpuClock()
+    meter = Meter(say, clock)
     file: StudyFile = parse_study(study_text(plan), name="scale")
     place = find_place(f"sqlite:///{folder / 'studies.db'}")
     began_s = time.monotonic()
 
     @contextmanager
     def reach(problem: Problem, _place: Place) -> Iterator[EmulatedNodes]:
-        with one_ray_node(problem.node_pools):
+        with one_ray_node(problem.node_pools) if plan.clock == "wall" else nullcontext():
             truth = Truth(
                 model=uncalibrated(problem, file), problem=problem, requests=file.measurement.requests, seed=plan.seed
             )
@@ -602,7 +686,8 @@ def measure(plan: Plan, folder: Path, say: TextIO) -> Answer:
     def in_time() -> Iterator[Any]:
         yield lambda: time.monotonic() - began_s > 60 * plan.most_minutes
 
-    run_study(file, place, connect=reach, stop=in_time(), observer=meter)
+    with patch("tuner.session.Search", partial(Search, clock=clock, sleep=clock.sleep)):
+        run_study(file, place, connect=reach, stop=in_time(), observer=meter)
     return _answer(plan, meter, StudyHistory(open_storage(place.url), "scale"), time.monotonic() - began_s)
 
 
@@ -656,10 +741,11 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=2000)
     parser.add_argument("--nodes", type=int, default=125)
-    parser.add_argument("--parallel", type=int, default=112, help="trials at once; more than fit, so that some wait")
+    parser.add_argument("--parallel", type=int, default=160, help="trials at once; more than fit, so that some wait")
     parser.add_argument("--speed-up", type=float, default=1.0, help="of start-up and measurement")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--most-minutes", type=float, default=1440.0, help="stop then, with what was told so far")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: see above")
     parser.add_argument("--keep", type=Path, help="folder for the storage; a temporary one by default")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()

@@ -183,7 +183,7 @@ class CalibratedPredictor:
         noises = dict(zip(metrics, noise.tolist(), strict=True))
         return [
             _apply(
-                _unmeasured(prediction),
+                prediction,
                 dict(zip(metrics, column, strict=True)),
                 dict(zip(metrics, wide, strict=True)),
                 noises,
@@ -204,7 +204,7 @@ def _apply(
     return replace(
         prediction,
         metrics={metric: value * factors.get(metric, 1.0) for metric, value in prediction.metrics.items()},
-        log_stddev={metric: spread.get(metric, stated) for metric, stated in prediction.log_stddev.items()},
+        log_stddev={m: spread[m] if m in spread else _stated(prediction, m) for m in prediction.metrics},
         log_noise={metric: noise[metric] for metric in prediction.metrics if metric in noise},
     )
 

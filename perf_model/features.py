@@ -14,6 +14,7 @@ from functools import cache, lru_cache
 
 import numpy as np
 
+from perf_model.numeric import FloatArray, IntArray, floats
 from perf_model.surrogate import Features
 from search_spaces.engines import ENGINES
 from search_spaces.serving import Candidate, Pool
@@ -34,16 +35,24 @@ def features_of(
     `node_types` maps a node pool to the name of its device, so that pools of one kind share what is learnt. `study`
     names an earlier study; what was learnt there holds for this one as it does across any one other difference.
     """
-    types = node_types or {}
-    categories = [[_code(study), *_categories(candidate, types)] for candidate in candidates]
-    sizes = [_sizes(candidate) for candidate in candidates]
-    loads = [_loads(candidate) for candidate in candidates]
+    types = tuple((node_types or {}).items())
+    rows = [_row(candidate, types, study) for candidate in candidates]
+    categories, sizes, loads = zip(*rows, strict=True) if rows else ((), (), ())
     return Features(
-        categories=np.array(categories, dtype=np.int64).reshape(len(categories), -1),
-        sizes=np.array(sizes, dtype=np.float64).reshape(len(sizes), -1),
-        loads=np.array(loads, dtype=np.float64).reshape(len(loads), -1),
-        doubt=np.clip(np.fromiter(doubts, np.float64, len(categories)), LEAST_DOUBT, LARGEST_DOUBT),
+        categories=np.array(categories, dtype=np.int64).reshape(len(rows), -1),
+        sizes=np.array(sizes, dtype=np.float64).reshape(len(rows), -1),
+        loads=np.array(loads, dtype=np.float64).reshape(len(rows), -1),
+        doubt=np.clip(np.fromiter(doubts, np.float64, len(rows)), LEAST_DOUBT, LARGEST_DOUBT),
     )
+
+
+@lru_cache(maxsize=10_000)
+def _row(
+    candidate: Candidate, types: tuple[tuple[str, str], ...], study: str
+) -> tuple[IntArray, FloatArray, FloatArray]:
+    """Categories, sizes and loads of a candidate; a search asks for most of them again and again."""
+    categories = np.array([_code(study), *_categories(candidate, dict(types))], dtype=np.int64)
+    return categories, floats(_sizes(candidate)), floats(_loads(candidate))
 
 
 @cache

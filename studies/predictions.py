@@ -1,4 +1,4 @@
-"""What the screen turned down, as Parquet beside the study: `predictions/*.parquet`.
+"""What the screen turned down, as Parquet beside the study: `predictions/*.parquet`, each candidate once in a while.
 
 Columns: `trial` (number of the trial that was chosen instead), `key`, `genotype` (JSON), `predicted_<metric>` for every
 metric (null where the model gives none), `score` (expected hypervolume improvement per second, null where it was not
@@ -20,6 +20,8 @@ from search_spaces.metrics import METRICS
 from search_spaces.serving import OptionValue
 
 ROWS_PER_FILE = 1024
+RECENT = 8192
+"""Candidates that are remembered as turned down: the neighbours of a front are looked at again and again."""
 _SCHEMA = pa.schema(
     [
         ("trial", pa.int64()),
@@ -50,7 +52,17 @@ class PredictionLog:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._rows: list[Rejected] = []
+        self._recent: dict[tuple[str, str], None] = {}
         self._written: int = sum(pq.read_metadata(path).num_rows for path in sorted(directory.glob("*.parquet")))
+
+    def is_known(self, key: str, reason: str) -> bool:
+        """True where candidate `key` was turned down for `reason` of late: it need not be written again."""
+        known = (key, reason) in self._recent
+        self._recent.pop((key, reason), None)
+        self._recent[key, reason] = None  # at the end
+        if len(self._recent) > RECENT:
+            del self._recent[next(iter(self._recent))]
+        return known
 
     @property
     def count(self) -> int:

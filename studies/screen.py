@@ -199,7 +199,7 @@ class Screen:
         """What `worth` chose; the others are written down."""
         rates = dict(zip(worth.order.tolist(), worth.rates.tolist(), strict=True))
         for index, option in enumerate(options):
-            if index not in worth.chosen:
+            if index not in worth.chosen and not self._log.is_known(option.key, "outscored"):
                 rejected = self._rejected(request, option.candidate, option.key, "outscored")
                 self._log.add(replace(rejected, metrics=option.prediction.metrics, score=rates.get(index)))
         return [
@@ -270,7 +270,7 @@ class Screen:
             if reason is None:
                 fresh[key] = candidate
             else:
-                self._log.add(self._rejected(request, candidate, key, f"infeasible: {reason}"))
+                self._turn_down(request, candidate, key, f"infeasible: {reason}")
         return fresh
 
     def _options(self, fresh: dict[str, Candidate], request: Request) -> list[Option]:
@@ -285,8 +285,12 @@ class Screen:
                 is_warm = candidate.config in request.warm
                 options.append(Option(candidate=candidate, key=key, prediction=prediction, is_warm=is_warm))
             else:
-                self._log.add(self._rejected(request, candidate, key, f"predicted: {prediction.infeasible}"))
+                self._turn_down(request, candidate, key, f"predicted: {prediction.infeasible}")
         return options
+
+    def _turn_down(self, request: Request, candidate: Candidate, key: str, reason: str) -> None:
+        if not self._log.is_known(key, reason):
+            self._log.add(self._rejected(request, candidate, key, reason))
 
     def _rejected(self, request: Request, candidate: Candidate, key: str, reason: str) -> Rejected:
         genotype = self._space.encode(candidate)

@@ -66,7 +66,7 @@ def test_the_best_predicted_candidate_is_chosen_and_the_rest_is_written_down(tmp
 
     log = PredictionLog(tmp_path / "predictions")
     screen = Screen(PROBLEM, SPACE, 1, predict, log)
-    choice = screen.choose(ordinary, request(12, [default]))
+    (choice,) = screen.choose(ordinary, request(12, [default]))
     assert (choice.candidate, choice.origin) == (splendid, Origin.SCREENED)
     assert choice.expected_gain is not None
     assert choice.expected_gain > 1.0, "many times what is held"
@@ -85,13 +85,24 @@ def test_the_best_predicted_candidate_is_chosen_and_the_rest_is_written_down(tmp
     assert PredictionLog(tmp_path / "predictions").count == log.count, "a resumed study counts on"
 
 
+def test_what_is_turned_down_again_and_again_is_written_once(tmp_path: Path) -> None:
+    log = PredictionLog(tmp_path / "predictions")
+    screen = Screen(PROBLEM, SPACE, 1, biased_model(), log)
+    for number in range(10, 14):
+        screen.choose(sample(20), request(number, [measured(0, SPACE.default())]))
+    log.flush()
+    table = pd.read_parquet(tmp_path / "predictions")
+    assert not table[["key", "reason"]].duplicated().any()
+    assert set(table["trial"]) > {10}, "new ones are"
+
+
 def test_one_proposal_in_ten_takes_the_first_child_whatever_the_model_says(tmp_path: Path) -> None:
     screen = make_screen(tmp_path, predict=biased_model())
     default = measured(0, SPACE.default())
     children = sample(30)
-    origins = [screen.choose(children, request(number, [default])).origin for number in range(10, 30)]
+    origins = [screen.choose(children, request(number, [default]))[0].origin for number in range(10, 30)]
     assert [i for i, origin in enumerate(origins, start=10) if origin is Origin.UNSCREENED] == [19, 29]
-    choice = screen.choose(children, request(19, [default]))
+    (choice,) = screen.choose(children, request(19, [default]))
     assert choice.candidate == children[0]
     assert choice.prediction == biased_model()([children[0]])[0], "predicted all the same: that is the point"
 
@@ -102,10 +113,10 @@ def test_tried_and_impossible_candidates_are_never_chosen(tmp_path: Path) -> Non
     rng = random.Random(3)
     drawn = [SPACE.sample(rng) for _ in range(100)]
     impossible = next(candidate for candidate in drawn if infeasibility(candidate, PROBLEM) is not None)
-    alone = make_screen(tmp_path).choose([impossible, *pool], request(12, tried))
+    (alone,) = make_screen(tmp_path).choose([impossible, *pool], request(12, tried))
     assert alone.candidate == pool[9], "without a model the first that will do"
     for number in range(20, 28):
-        choice = make_screen(tmp_path, predict=biased_model()).choose([impossible, *pool], request(number, tried))
+        (choice,) = make_screen(tmp_path, predict=biased_model()).choose([impossible, *pool], request(number, tried))
         assert infeasibility(choice.candidate, PROBLEM) is None
         assert choice.key not in {trial.key for trial in tried}
 
@@ -123,7 +134,7 @@ def test_candidates_that_the_model_rules_out_are_left_for_the_very_last(tmp_path
     screen = Screen(PROBLEM, space, 1, predict, log)
     trials: list[TrialRecord] = []
     for number in range(10, 10 + len(everything)):
-        choice = screen.choose(list(everything.values()), request(number, trials))
+        (choice,) = screen.choose(list(everything.values()), request(number, trials))
         trials.append(measured(number, choice.candidate))
     screened = [trial.candidate.load.value for trial in trials if trial.number % 10 != 9 and trial.candidate]
     assert screened[:4] == [1.0] * 4
@@ -140,11 +151,11 @@ def test_a_warm_deployment_at_another_load_wins_where_starting_is_dear(tmp_path:
     cold = measure(up)
     trial = replace(measured(0, up), outcome=replace(cold, timings_s={"start": 60_000.0, "measure": 5.0}))
     screen = make_screen(tmp_path, predict=biased_model(1.0))
-    choice = screen.choose(sample(60), request(12, [trial], warm=(up.config,)))
+    (choice,) = screen.choose(sample(60), request(12, [trial], warm=(up.config,)))
     assert choice.origin is Origin.WARM
     assert choice.candidate.config == up.config
     assert choice.candidate.load != up.load
-    assert screen.choose(sample(60), request(12, [trial])).origin is Origin.SCREENED
+    assert screen.choose(sample(60), request(12, [trial]))[0].origin is Origin.SCREENED
 
 
 def failed(number: int, candidate: Candidate) -> TrialRecord:
@@ -165,7 +176,7 @@ def test_a_family_that_failed_every_time_is_not_proposed_again_and_again(tmp_pat
     screen = make_screen(tmp_path, predict=promising)
     trials = [measured(0, SPACE.default(Mode.AGGREGATED)), failed(1, SPACE.default(Mode.DISAGGREGATED))]
     for number in range(2, 22):
-        candidate = screen.choose(sample(20, seed=number), request(number, trials)).candidate
+        candidate = screen.choose(sample(20, seed=number), request(number, trials))[0].candidate
         is_broken = candidate.config.mode is Mode.DISAGGREGATED
         trials.append(failed(number, candidate) if is_broken else measured(number, candidate))
     failures = [trial.number for trial in trials if trial.status is TrialStatus.FAILED]
@@ -180,7 +191,7 @@ def test_what_failed_every_time_is_not_proposed_unscreened_either(tmp_path: Path
     for predict in (None, biased_model()):
         screen = make_screen(tmp_path, predict=predict)
         for suggested in (family[6:9], []):
-            choice = screen.choose(suggested, request(19, trials))
+            (choice,) = screen.choose(suggested, request(19, trials))
             assert choice.origin is Origin.UNSCREENED
             assert choice.candidate.config.mode is Mode.AGGREGATED
 
@@ -188,7 +199,7 @@ def test_what_failed_every_time_is_not_proposed_unscreened_either(tmp_path: Path
 def test_what_is_being_measured_is_taken_for_measured_as_predicted(tmp_path: Path) -> None:
     screen = make_screen(tmp_path, predict=biased_model(1.0))
     default = measured(0, SPACE.default())
-    first = screen.choose(sample(60), request(12, [default]))
+    (first,) = screen.choose(sample(60), request(12, [default]))
     assert first.prediction is not None
     running = TrialRecord(
         number=1,
@@ -200,7 +211,7 @@ def test_what_is_being_measured_is_taken_for_measured_as_predicted(tmp_path: Pat
         outcome=None,
         values=None,
     )
-    second = screen.choose(sample(60), request(12, [default, running]))
+    (second,) = screen.choose(sample(60), request(12, [default, running]))
     assert second.key != first.key
     gains = [choice.expected_gain for choice in (first, second)]
     assert gains[0] is not None
@@ -213,7 +224,7 @@ def test_proposals_avoid_what_is_predicted_to_miss_its_slo(tmp_path: Path) -> No
     screen = make_screen(tmp_path, space=replace(SPACE, problem=problem), predict=biased_model(1.0))
     trials: list[TrialRecord] = []
     for number in range(2, 9):
-        choice = screen.choose([], request(number, trials))
+        (choice,) = screen.choose([], request(number, trials))
         missed = surface(choice.candidate)[1] / 15.0 - 1
         trials.append(replace(measured(number, choice.candidate), violations={"ttft_p50_ms": missed}))
     waits = [surface(trial.candidate)[1] for trial in trials if trial.candidate]
@@ -224,7 +235,7 @@ def test_proposals_avoid_what_is_predicted_to_miss_its_slo(tmp_path: Path) -> No
 def test_choices_depend_on_seed_and_number_alone(tmp_path: Path) -> None:
     first, second = (make_screen(tmp_path, predict=biased_model()) for _ in range(2))
     default = [measured(0, SPACE.default())]
-    _ = first.choose([], request(2, default))
+    (_,) = first.choose([], request(2, default))
     assert first.choose([], request(3, default)) == second.choose([], request(3, default))
     assert first.choose([], request(3, default)) != first.choose([], request(4, default))
 

@@ -7,9 +7,11 @@ matter of the cluster, not of the study.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from search_spaces.outcome import FailureReason
 from search_spaces.problem import Problem
 from studies.records import TrialRecord
 
@@ -44,14 +46,25 @@ def held_s(trial: TrialRecord) -> float:
 
 
 def spent(trials: Sequence[TrialRecord], problem: Problem) -> Spent:
-    """The cost of every trial of `trials` that has an outcome, lost ones included."""
+    """The cost of every trial of `trials` that has an outcome, lost ones included.
+
+    A trial that lost its coordinator ends when another one finds it, days later perhaps: it counts as no longer than
+    the longest of the others.
+    """
     device_hours = dollars = 0.0
     count = 0
+    longest_s = max((held_s(trial) for trial in trials if trial.outcome and not _was_left(trial)), default=math.inf)
     for trial in trials:
         if trial.candidate is None or trial.outcome is None:
             continue
-        hours = held_s(trial) / 3600
+        hours = (min(held_s(trial), longest_s) if _was_left(trial) else held_s(trial)) / 3600
         device_hours += hours * trial.candidate.config.devices
         dollars += hours * problem.price_per_hour(trial.candidate.config)
         count += 1
     return Spent(device_hours=device_hours, dollars=dollars, trials=count)
+
+
+def _was_left(trial: TrialRecord) -> bool:
+    """True where nobody was there when the trial ended, so that nothing says how long it lasted."""
+    failure = trial.failure
+    return failure is not None and failure.reason is FailureReason.LOST_COORDINATOR and not failure.timings_s

@@ -44,3 +44,20 @@ def test_what_runs_is_taken_for_average() -> None:
     found = Spent(device_hours=4.0, dollars=8.0, trials=4).with_running(2)
     assert (found.device_hours, found.dollars, found.trials) == (6.0, 12.0, 6)
     assert NOTHING_SPENT.with_running(3).dollars == 0
+
+
+def test_a_trial_that_was_left_running_counts_no_longer_than_the_longest_of_the_others() -> None:
+    problem = toy_problem()
+    first = trial(0, some_candidates(wide_space(problem))[0], problem)
+    known = replace(first, outcome=replace(first.outcome, timings_s={"start": 60.0, "measure": 40.0}))  # type: ignore[type-var]
+    assert first.started_at is not None
+    lost = replace(
+        first,
+        number=1,
+        status=TrialStatus.LOST,
+        outcome=Failure(reason=FailureReason.LOST_COORDINATOR, detail="found on monday"),
+        ended_at=first.started_at + timedelta(days=2),
+    )
+    devices = lost.candidate.config.devices if lost.candidate else 0
+    assert spent([known, lost], problem).device_hours == pytest.approx(devices * 200 / 3600)
+    assert spent([lost], problem).device_hours == pytest.approx(devices * 48), "there is nothing to compare it with"

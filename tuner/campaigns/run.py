@@ -149,6 +149,8 @@ class CampaignRun:
 
     def _turn(self, view: View) -> str | None:
         """Begin what may begin, and wait a little; returns why the campaign is over once it is."""
+        if view.memory.pause is not None:
+            self.slices.stop()  # a pause of the week lets slices end, an order does not wait
         self._say_hold(view.hold())
         if view.hold() is None and not view.is_late:
             self._resume_orphans(view)

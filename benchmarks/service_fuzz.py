@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -71,7 +72,8 @@ class Counted:
 def fuzz(requests: int, seed: int, folder: Path, phases: tuple[str, ...] = PHASES) -> tuple[Counted, int, str, float]:
     """About `requests` requests; the answers, the exit code and the report of Schemathesis, and the seconds it took."""
     (folder / "schemathesis.toml").write_text(CONFIGURATION)
-    served = service(toy_storage(folder), command=ENDS_AT_ONCE)
+    with redirect_stdout(sys.stderr):
+        served = service(toy_storage(folder), command=ENDS_AT_ONCE)
     app = make_app(served)
     counted = Counted(app)
     operations = sum(len(methods) for methods in app.openapi()["paths"].values())

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -20,10 +19,16 @@ from tuner.study_file import CALIBRATIONS, load_study_file
 from tuner.study_schema import StudyFile
 
 LARGEST_NUMBER = 10_000_000
-LARGEST_TURNS = 1_000
+_SIZES = re.compile(r"space\.(\w+\.)?(replicas|tp|pp|dp|ep)")
+_LARGEST = ((re.compile(r"workload\.turns.*"), 1_000), (_SIZES, 4_096), (re.compile(r"node_pools\..*"), 100_000))
 LONGEST_LIST = 256
+LONGEST_CHOICE = 32
+MOST_KEYS = 64
 DEEPEST = 24
-"""What a question may hold, so that answering it takes seconds: the model's work grows with some of its figures."""
+"""What a question may hold, so that answering it takes seconds: the model's work grows with some of its figures.
+
+`_LARGEST` figures are by key path, and `LONGEST_CHOICE` values may stand for one of the `_SIZES`.
+"""
 LONGEST_TEXT = 64 * 1024
 _SETTING = re.compile(
     r"(load|(mixed|prefill|decode)\.\w+"
@@ -125,15 +130,17 @@ def _require_plain(token: yaml.Token, depth: int, name: str) -> None:
 
 
 def require_modest(tree: object, path: str) -> None:
-    """Raise for a figure or a list of a question that would take the model very long."""
-    limit = LARGEST_TURNS if path.startswith("workload.turns") else LARGEST_NUMBER
+    """Raise for a figure, a list or a mapping of a question that would take the model very long."""
+    limit = next((limit for pattern, limit in _LARGEST if pattern.fullmatch(path)), LARGEST_NUMBER)
     if isinstance(tree, int | float) and not abs(tree) <= limit:
         raise InvalidValueError(f"{path}: {tree} is beyond what this service computes; give at most {limit}")
-    if isinstance(tree, list) and len(tree) > LONGEST_LIST:
-        raise InvalidValueError(f"{path}: {len(tree)} values are more than this service takes; give {LONGEST_LIST}")
+    longest = LONGEST_CHOICE if _SIZES.fullmatch(path) else LONGEST_LIST
+    most = MOST_KEYS if isinstance(tree, dict) else longest
+    if isinstance(tree, list | dict) and len(tree) > most:
+        raise InvalidValueError(f"{path}: {len(tree)} values are more than this service takes; give {most}")
     if isinstance(tree, list):
         for value in tree:
             require_modest(value, path)
-    if isinstance(tree, Mapping):
+    if isinstance(tree, dict):
         for key, value in tree.items():
             require_modest(value, f"{path}.{key}".strip("."))

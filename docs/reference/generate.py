@@ -18,6 +18,7 @@ from typer.cli import get_docs_for_click
 
 from search_spaces.engines import ENGINES, EngineSpec
 from search_spaces.metrics import METRICS
+from tuner.campaigns.schema import CampaignFile
 from tuner.cli import app
 from tuner.study_schema import StudyFile
 
@@ -31,6 +32,8 @@ Of numbers anything between the least and the greatest value can be named. Optio
 are marked *numerics*: they have one value in a study, unless `space.compare_numerics` is true."""
 _KEYS_INTRODUCTION = """`tuner config show FILE` prints the value of every key and what set it
 ([layers and profiles](../configuration.md)). A key that is *needed* is given by the file or by a layer."""
+_CAMPAIGN_INTRODUCTION = """[Campaigns](../campaigns.md) explains them. All but `study`, `common`, `matrix` and `leave_out`
+may change while a campaign goes on."""
 _BENCHMARKS_INTRODUCTION = """# Benchmarks
 
 These programs print the figures that this documentation states; where a page names a test instead, the test holds the
@@ -50,6 +53,7 @@ def pages() -> dict[str, str]:
     return {
         "commands.md": commands(),
         "study-file.md": study_file(),
+        "campaign-file.md": campaign_file(),
         "metrics.md": metrics(),
         "engine-options.md": engine_options(),
         "benchmarks.md": benchmarks(),
@@ -96,14 +100,18 @@ def _engine(spec: EngineSpec) -> str:
 
 def study_file() -> str:
     """Every key of a study file, section by section."""
-    schema = StudyFile.model_json_schema()
+    return _file_page(StudyFile.model_json_schema(), "# Keys of a study file", _KEYS_INTRODUCTION, "## The study")
+
+
+def campaign_file() -> str:
+    """Every key of a campaign file, section by section."""
+    schema = CampaignFile.model_json_schema()
+    return _file_page(schema, "# Keys of a campaign file", _CAMPAIGN_INTRODUCTION, "## The campaign")
+
+
+def _file_page(schema: Schema, title: str, introduction: str, top: str) -> str:
     definitions = schema["$defs"]
-    parts = [
-        "# Keys of a study file",
-        _KEYS_INTRODUCTION,
-        "## The study",
-        _keys(schema),
-    ]
+    parts = [title, introduction, top, _keys(schema)]
     for path, name in _sections(schema, definitions, ""):
         section = definitions[name]
         parts += [f"## `{path}`", section.get("description", ""), _keys(section)]
@@ -135,10 +143,12 @@ def _sections(section: Schema, definitions: Schema, path: str) -> Iterator[tuple
 
 
 def _references(key: Schema) -> Iterator[tuple[str, str]]:
-    """Definitions that `key` refers to, with what is added to its path: `.NAME` for a mapping."""
+    """Definitions that `key` refers to, with what is added to its path: `.NAME` for a mapping, `[]` for a list."""
     for part in (key, *key.get("anyOf", ())):
         if "$ref" in part:
             yield "", part["$ref"].rpartition("/")[2]
+        if "$ref" in part.get("items", {}):
+            yield "[]", part["items"]["$ref"].rpartition("/")[2]
         values = part.get("additionalProperties")
         if isinstance(values, dict) and "$ref" in values:
             yield ".NAME", values["$ref"].rpartition("/")[2]

@@ -32,8 +32,8 @@ Of numbers anything between the least and the greatest value can be named. Optio
 are marked *numerics*: they have one value in a study, unless `space.compare_numerics` is true."""
 _KEYS_INTRODUCTION = """`tuner config show FILE` prints the value of every key and what set it
 ([layers and profiles](../configuration.md)). A key that is *needed* is given by the file or by a layer."""
-_CAMPAIGN_INTRODUCTION = """[Campaigns](../campaigns.md) explains them. All but `study`, `common`, `matrix` and `leave_out`
-may change while a campaign goes on."""
+_CAMPAIGN_INTRODUCTION = """[Campaigns](../campaigns.md) explains them. While one goes on, all may change but
+`study`, `common`, `matrix` and `leave_out`."""
 _BENCHMARKS_INTRODUCTION = """# Benchmarks
 
 These programs print the figures that this documentation states; where a page names a test instead, the test holds the

@@ -202,6 +202,16 @@ def test_a_mistake_is_answered_with_key_value_and_remedy(tmp_path: Path, old: st
         assert part in str(caught.value)
 
 
+def test_the_example_is_seven_studies_of_which_the_large_model_s_count_twice() -> None:
+    found, _ = load_campaign(Path(__file__).parents[2] / "examples" / "campaign-emulated.yaml")
+    assert len(found.cells) == 7, "one of eight is left out"
+    assert {cell.name.split(".")[1]: found.priority(cell) for cell in found.cells} == {
+        "llama-8b": 1.0,
+        "llama-70b": 2.0,
+    }
+    assert all(list(cell.study.node_pools) == [cell.choices["nodes"]] for cell in found.cells)
+
+
 def test_a_campaign_may_name_a_study_file_beside_it(tmp_path: Path) -> None:
     common = CAMPAIGN.partition("common:\n")[2].partition("matrix:")[0]
     lines = [line.removeprefix("  ") for line in common.splitlines()]

@@ -45,6 +45,7 @@ def events(text: str, kind: str) -> list[dict[str, Any]]:
     return [json.loads(part[1].removeprefix("data: ")) for part in parts if part[0] == f"event: {kind}"]
 
 
+@pytest.mark.long
 def test_a_submitted_study_runs_is_followed_and_goes_on(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNER_READ_TOKEN", READ)  # the child ends with an error where it is handed on
     monkeypatch.setenv("TUNER_WRITE_TOKEN", WRITE)

@@ -11,8 +11,8 @@ factor of ten. Hypervolume is that of the measured candidates without noise, rel
 Printed for each world and as medians over worlds:
 
 - the budget: what a campaign spent, relative to it;
-- the gain: mean hypervolume of the twelve at the end, and the device-hours after which the campaign held what the
-  studies alone held at their end (so many times more hypervolume per device-hour);
+- the gain: mean hypervolume of the twelve after the same device-hours, and the device-hours after which the campaign
+  held what the studies alone held then (so many times more hypervolume per device-hour);
 - the kills, in the first world: a campaign killed with -9 again and again, against one that was not;
 - transfer: measurements to 95% of the final hypervolume for six new studies, with the twelve of the campaign in their
   storage and without. Final is the larger of the two ends, each after `--trials` measurements.
@@ -83,7 +83,12 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """A campaign and the studies alone in one world."""
+    """A campaign and the studies alone in one world.
+
+    `alone_share` is what the studies alone held after `alone_spent`, the last moment at which they had taken no more
+    than the campaign: each of twelve studies ends somewhat beyond its share of the budget, and `alone_end` tells of
+    that end.
+    """
 
     seed: int
     budget: float
@@ -93,11 +98,11 @@ class Gain:
     trials: int
     share: float
     alone_spent: float
-    alone_trials: int
     alone_share: float
     hours_to_alone: float | None
-    seconds: float
-    alone_seconds: float
+    alone_end_spent: float
+    alone_end_share: float
+    alone_end_trials: int
 
     @property
     def at_the_end(self) -> float:
@@ -106,7 +111,7 @@ class Gain:
 
     @property
     def at_the_same(self) -> float:
-        """Hypervolume per device-hour at the hypervolume that the studies alone ended with; 0 where it was not met."""
+        """Hypervolume per device-hour at the hypervolume that the studies alone held; 0 where it was not met."""
         return 0.0 if self.hours_to_alone is None else self.alone_spent / self.hours_to_alone
 
 
@@ -156,6 +161,7 @@ def gain(plan: Plan) -> Gain:
     rods = rods_of(file, plan.seed)
     ours = campaign_arm(file, plan.home / "campaign", plan.seed, rods)
     alone = equal_shares(file, plan.home / "alone", plan.seed, rods)
+    then = alone.by(ours.device_hours)
     return Gain(
         seed=plan.seed,
         budget=plan.hours,
@@ -164,12 +170,12 @@ def gain(plan: Plan) -> Gain:
         reason=ours.reason,
         trials=ours.trials,
         share=ours.share,
-        alone_spent=alone.device_hours,
-        alone_trials=alone.trials,
-        alone_share=alone.share,
-        hours_to_alone=ours.hours_to(alone.share),
-        seconds=ours.seconds,
-        alone_seconds=alone.seconds,
+        alone_spent=then.device_hours,
+        alone_share=then.share,
+        hours_to_alone=ours.hours_to(then.share),
+        alone_end_spent=alone.device_hours,
+        alone_end_share=alone.share,
+        alone_end_trials=alone.trials,
     )
 
 
@@ -177,16 +183,15 @@ def killed(plan: Plan) -> Killed:
     """The campaign of `gain` again, in processes that are killed at random moments, each after some trials."""
     file = plan.file()
     rods = rods_of(file, plan.seed)
-    other = judged_campaign(file, plan.home / "campaign", rods, reason="", seconds=0.0)
+    other = judged_campaign(file, plan.home / "campaign", rods, reason="")
     folder = plan.home / "killed"
     log = plan.home / "killed.log"
     rng, done = random.Random(plan.seed), 0
     marks = sorted(rng.sample(range(5, max(11, other.trials - 5)), plan.kills))
     for mark in marks:
         done += _kill_after(file, folder, plan.seed, log, mark)
-    began_s = time.monotonic()
     reason = run_campaign_here(file, folder, plan.seed, log)
-    arm = judged_campaign(file, folder, rods, reason=reason or "", seconds=time.monotonic() - began_s)
+    arm = judged_campaign(file, folder, rods, reason=reason or "")
     return Killed(
         seed=plan.seed,
         kills=done,
@@ -314,13 +319,13 @@ def answer(worlds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def print_answer(found: dict[str, Any], out: TextIO) -> None:
     """For people."""
     print("EMULATED: no figure says anything of a GPU", file=out)
-    head = ("world", "spent", "of", "trials", "hypervolume", "alone", "trials", "hours to it", "x per hour", "at end")
+    head = ("world", "spent", "of", "trials", "hypervolume", "alone", "spent", "hours to it", "x per hour", "at end")
     print(("{:>6}{:>8}{:>7}{:>8}{:>13}{:>8}{:>8}{:>13}{:>12}{:>8}").format(*head), file=out)
     for row in found["gains"]:
         hours = row["hours_to_alone"]
         print(
             f"{row['seed']:>6}{row['spent']:>8.2f}{row['budget']:>7.1f}{row['trials']:>8}{row['share']:>13.1%}"
-            f"{row['alone_share']:>8.1%}{row['alone_trials']:>8}"
+            f"{row['alone_share']:>8.1%}{row['alone_spent']:>8.2f}"
             f"{'never' if hours is None else f'{hours:.2f}':>13}{row['at_the_same']:>12.2f}{row['at_the_end']:>8.2f}",
             file=out,
         )

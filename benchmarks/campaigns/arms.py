@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,7 +71,6 @@ class Arm:
     trials: int
     shares: Mapping[str, float]
     curve: tuple[Step, ...]
-    seconds: float
     reason: str = ""
     measured_twice: int = 0
     left_open: int = 0
@@ -81,6 +79,11 @@ class Arm:
     def share(self) -> float:
         """Mean share of hypervolume at the end."""
         return sum(self.shares.values()) / len(self.shares)
+
+    def by(self, device_hours: float) -> Step:
+        """Where it stood when no more than so many device-hours were spent."""
+        before = [step for step in self.curve if step.device_hours <= device_hours]
+        return before[-1] if before else Step(device_hours=0.0, share=0.0)
 
     def hours_to(self, share: float) -> float | None:
         """Device-hours after which the mean share was reached; None where it never was."""
@@ -121,13 +124,11 @@ def run_campaign_here(file: Path, folder: Path, seed: int, log: Path | None = No
 
 def campaign_arm(file: Path, folder: Path, seed: int, rods: Mapping[str, Yardstick]) -> Arm:
     """The campaign, run to its end."""
-    began_s = time.monotonic()
     reason = run_campaign_here(file, folder, seed)
-    seconds = time.monotonic() - began_s
-    return judged_campaign(file, folder, rods, reason=reason or "it was stopped", seconds=seconds)
+    return judged_campaign(file, folder, rods, reason=reason or "it was stopped")
 
 
-def judged_campaign(file: Path, folder: Path, rods: Mapping[str, Yardstick], *, reason: str, seconds: float) -> Arm:
+def judged_campaign(file: Path, folder: Path, rods: Mapping[str, Yardstick], *, reason: str) -> Arm:
     """What is stored of a campaign, judged."""
     campaign, _ = load_campaign(file)
     storage = open_storage(place_at(folder).url)
@@ -150,7 +151,6 @@ def judged_campaign(file: Path, folder: Path, rods: Mapping[str, Yardstick], *, 
         trials=len(keys),
         shares=shares,
         curve=tuple(curve),
-        seconds=seconds,
         reason=reason,
         measured_twice=len(keys) - len(set(keys)),
         left_open=sum(not t.ended_at and t.started_at is not None for trials in found.values() for t in trials),
@@ -164,7 +164,6 @@ def trials_of(storage: Storage, campaign: Campaign) -> dict[str, Sequence[TrialR
 
 def equal_shares(file: Path, folder: Path, seed: int, rods: Mapping[str, Yardstick]) -> Arm:
     """Each study alone, with its part of the budget, and nothing learnt from another."""
-    began_s = time.monotonic()
     campaign, _ = load_campaign(file)
     budget = campaign.rules.budget.device_hours or 0.0
     share = budget / len(campaign.cells)
@@ -181,7 +180,6 @@ def equal_shares(file: Path, folder: Path, seed: int, rods: Mapping[str, Yardsti
         trials=sum(len(path) for path in paths.values()),
         shares={name: end.share for name, end in ends.items()},
         curve=together(list(paths.values())),
-        seconds=time.monotonic() - began_s,
     )
 
 

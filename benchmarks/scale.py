@@ -464,7 +464,7 @@ class Meter:
         self.clock = self._clock = clock
         self.costs: list[Cost] = []
         self.rss_bytes: list[int] = []
-        self.devices: list[tuple[float, int]] = []
+        self.worked_device_s = self.reserved_device_s = 0.0
         self.notes: list[str] = []
         self.loads = [os.getloadavg()[0]]
         self._process = psutil.Process()
@@ -512,6 +512,9 @@ class Meter:
     def over(self, trial: Trial) -> None:
         """The runner gives out the outcome of `trial`."""
         self._over.append((self._clock(), trial))
+        devices = trial.request.candidate.config.devices
+        self.worked_device_s += devices * trial.seconds
+        self.reserved_device_s += devices * (self._clock() - (trial.fits_s or 0.0))
         self._tell_cpu_s = time.thread_time()
 
     def note(self, text: str) -> None:
@@ -599,7 +602,11 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What was measured; `busy` is the share of all accelerators that held a trial while proposals remained."""
+    """What was measured.
+
+    `busy_share` is the share of all accelerators that held a trial while proposals remained, `reserved_busy_share` the
+    share of that time in which they started or measured one, and did not wait for the coordinator.
+    """
 
     plan: Plan
     wall_s: float
@@ -615,6 +622,7 @@ class Answer:
     rss_growth_mib_per_1000: float
     busy: str
     busy_share: float
+    reserved_busy_share: float
     load_average: float
 
     @property
@@ -710,6 +718,7 @@ def _answer(plan: Plan, meter: Meter, history: StudyHistory, wall_s: float) -> A
         rss_growth_mib_per_1000=1000 * (rows[-1].rss_mib - rows[0].rss_mib) / (rows[-1].last - rows[0].last),
         busy=next((note for note in meter.notes if "device-seconds" in note), "not told"),
         busy_share=history.device_use.share,
+        reserved_busy_share=meter.worked_device_s / meter.reserved_device_s,
         load_average=statistics.fmean(meter.loads),
     )
 
@@ -730,7 +739,8 @@ def print_table(answer: Answer, out: TextIO) -> None:
     grown = f"x {answer.growth:.2f} (processor time x {answer.cpu_growth:.2f})"
     print(f"growth of the median from the first tenth to the last: {grown}", file=out)
     print(f"memory grows by {answer.rss_growth_mib_per_1000:.0f} MiB per 1,000 trials", file=out)
-    print(f"{answer.busy}; wall time {answer.wall_s:.0f} s", file=out)
+    print(f"{answer.busy}; {answer.reserved_busy_share:.1%} of what they held, they worked", file=out)
+    print(f"wall time {answer.wall_s:.0f} s, clock: {answer.plan.clock}", file=out)
     print(f"load average of the machine meanwhile: {answer.load_average:.1f} on {os.cpu_count()} cores", file=out)
     for target, met in answer.targets.items():
         print(f"{'met   ' if met else 'MISSED'} {target}", file=out)

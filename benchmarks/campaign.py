@@ -134,19 +134,23 @@ class Killed:
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """A study with earlier ones in its storage, and without: measurements to 95% of the larger end."""
+    """A study with earlier ones in its storage, and without: measurements to 95% of the larger end.
+
+    None where it was not there after all `trials` measurements.
+    """
 
     seed: int
     study: str
+    trials: int
     taught: int | None
     alone: int | None
     taught_share: float
     alone_share: float
 
     @property
-    def ratio(self) -> float | None:
-        """Measurements needed, relative to those without; None where one of the two never got there."""
-        return None if self.taught is None or self.alone is None else self.taught / self.alone
+    def ratio(self) -> float:
+        """Measurements needed, relative to those without; who was never there counts with one more than were made."""
+        return (self.taught or self.trials + 1) / (self.alone or self.trials + 1)
 
 
 def rods_of(file: Path, seed: int) -> dict[str, Yardstick]:
@@ -250,6 +254,7 @@ def transfer(plan: Plan) -> list[Transfer]:
             Transfer(
                 seed=plan.seed,
                 study=cell.name,
+                trials=plan.trials,
                 taught=needed["related"],
                 alone=needed["none"],
                 taught_share=paths["related"][-1].share,
@@ -269,7 +274,7 @@ def world(plan: Plan) -> dict[str, Any]:
 
 def kept(plan: Plan, name: str, make: Callable[[], list[Any]], kind: type[Any]) -> list[Any]:
     """A part of the answer: as an earlier run left it in the world's folder, else made now and left there."""
-    path = plan.home / f"{name}.json"
+    path = plan.home / f"{name}-{plan.hours:g}.json"
     if path.exists():
         return [kind(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
     found = make()
@@ -290,7 +295,7 @@ def answer(worlds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     gains: list[Gain] = [found["gain"] for found in worlds]
     kills: list[Killed] = [found["killed"] for found in worlds if found["killed"] is not None]
     transfers: list[Transfer] = [each for found in worlds for each in found["transfer"]]
-    ratios = [each.ratio for each in transfers if each.ratio is not None]
+    ratios = [each.ratio for each in transfers]
     same = [each.at_the_same for each in gains]
     budgets = [*(abs(each.over_budget) for each in gains), *(abs(each.over_budget) for each in kills)]
     sound = all(not k.measured_twice and not k.left_open and k.same_studies for k in kills)
@@ -305,12 +310,12 @@ def answer(worlds: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "share": spread([each.share for each in gains]),
             "alone_share": spread([each.alone_share for each in gains]),
             "over_budget": spread(budgets),
-            "transfer": spread(ratios) if ratios else None,
+            "transfer": spread(ratios),
         },
         "met": {
             "within 2% of the budget": max(budgets) <= TARGET_BUDGET,
             "1.5 x hypervolume per device-hour": statistics.median(same) >= TARGET_GAIN,
-            "transfer halves the measurements": bool(ratios) and statistics.median(ratios) <= TARGET_TRANSFER,
+            "transfer halves the measurements": statistics.median(ratios) <= TARGET_TRANSFER,
             "killed, and nothing lost or repeated": sound,
         },
     }
@@ -344,9 +349,8 @@ def print_answer(found: dict[str, Any], out: TextIO) -> None:
             file=out,
         )
     for name, values in found["medians"].items():
-        if values is not None:
-            parts = ", ".join(f"{key} {value:.3f}" for key, value in values.items())
-            print(f"{name}: {parts}", file=out)
+        parts = ", ".join(f"{key} {value:.3f}" for key, value in values.items())
+        print(f"{name}: {parts}", file=out)
     for name, met in found["met"].items():
         print(f"{'met' if met else 'MISSED'}: {name}", file=out)
 
@@ -359,7 +363,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=14, help="measurements of a study of the transfer")
     parser.add_argument("--kills", type=int, default=5, help="of the first world's campaign; 0 for none")
     parser.add_argument("--jobs", type=int, default=2, help="worlds at once, each in a process")
-    parser.add_argument("--keep", type=Path, help="folder of the worlds; a run that was cut off goes on there")
+    parser.add_argument(
+        "--keep", type=Path, help="folder of the worlds; a run that was cut off goes on there, or one with more --hours"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS, metavar=("FILE", "FOLDER", "SEED", "LOG"))
     return parser.parse_args()

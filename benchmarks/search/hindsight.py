@@ -1,8 +1,8 @@
-"""A bound on every search that corrects this model: it is told each answer of the table but the one that it asks for.
+"""What a search could know at best that corrects this model: each answer of the table but the one that it asks for.
 
 Before a candidate is measured, its prediction is what a surrogate makes of the measurements of *all other* candidates
-of the table (leave-one-out, Rasmussen and Williams, 2006, equation 5.12). No search knows as much; what this one still
-measures in vain is what a configuration does that its neighbours do not tell.
+of the table (leave-one-out, Rasmussen and Williams, 2006, equation 5.12). No search knows as much, though one may be
+luckier; what this one still measures in vain is what a configuration does that its neighbours do not tell.
 """
 
 from __future__ import annotations

@@ -32,13 +32,13 @@ common:
   space: {{modes: [aggregated], tp: [1, 2]}}
   measurement: {{requests: 12, lateness_limit_ms: 5000}}
   limits: {{start_s: 120, measure_s: 120}}
-  budget: {{trials: 3, confirm: 1, control_every: 0}}
+  budget: {{trials: 2, confirm: 1, control_every: 0}}
 matrix:
   users:
     short: {{workload: {{isl: 128, osl: 16, concurrency: [2, 4]}}}}
     long: {{workload: {{isl: 256, osl: 16, concurrency: [2, 4]}}}}
 budget: {{cost: 1000}}
-slices: {{trials: 3}}
+slices: {{trials: 2}}
 """
 
 
@@ -68,14 +68,14 @@ def test_a_killed_campaign_goes_on_and_loses_and_repeats_nothing(tmp_path: Path)
     assert f"slice 1 of {name}.short was not finished; it goes on" in done.stderr
     found = status(tmp_path, name)
     assert found["over"] == "nothing is left to gain: every study is closed"
-    assert [study["measured"] for study in found["studies"]] == [3, 3]
+    assert [study["measured"] for study in found["studies"]] == [2, 2]
     assert found["slices"] == 2, "the slice that was cut off was finished, not given anew"
     assert found["emulated"] is True
     storage = open_storage(f"sqlite:///{tmp_path}/tuner-data/studies.db")
     for cell in ("short", "long"):
         trials = StudyHistory(storage, f"{name}.{cell}").trials()
         finished = [trial.key for trial in trials if trial.is_finished]
-        assert len(finished) == len(set(finished)) == 3
+        assert len(finished) == len(set(finished)) == 2
         assert not [trial for trial in trials if trial.status in (TrialStatus.RUNNING, TrialStatus.WAITING)]
     assert StudyHistory(storage, f"{name}.long").earlier, "the second study learnt from the first"
 

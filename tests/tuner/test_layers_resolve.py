@@ -287,7 +287,8 @@ def _write_model(folder: Path, quantization: str) -> None:
 
 def test_the_examples_are_studies() -> None:
     for path in sorted((ROOT / "examples").glob("*.yaml")):
-        assert load_study_file(path).name
+        if not path.name.startswith("campaign-"):  # they are files of campaigns
+            assert load_study_file(path).name
 
 
 def test_a_layer_file_reads_alone(tmp_path: Path) -> None:

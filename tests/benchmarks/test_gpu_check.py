@@ -55,6 +55,7 @@ def test_without_a_gpu_or_with_an_unknown_one_it_says_what_to_do(tmp_path: Path)
     assert (done.returncode, "no 'NVIDIA Tesla T4'" in done.stderr) == (2, True)
 
 
+@pytest.mark.long
 def test_with_nothing_to_measure_with_it_writes_nothing(tmp_path: Path) -> None:
     done = run(tmp_path, "--cpu", "--vllm", "no-vllm", "--python", sys.executable)
     if done.returncode == 0:
@@ -99,6 +100,7 @@ def test_the_record_tells_ratios_failures_and_what_was_left_out() -> None:
     assert "CPU" not in text
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.long
 def test_the_whole_of_it_against_a_stand_in_of_vllm(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("model", ["Llama-3.1-70B", "MiniMax-M2.5"])
+@pytest.mark.parametrize("model", ["Llama-3.1-70B", pytest.param("MiniMax-M2.5", marks=pytest.mark.long)])
 def test_steps_agree_with_the_reference(model: str) -> None:
     differences = compare(2, names=(model,), systems=("h200_sxm",))
     assert {engine for _, engine, _ in differences} == set(ENGINES)

@@ -53,6 +53,7 @@ def measured(runs: list[Run], tables: Path, decode_factor: float) -> list[Run]:
     return [replace(one.run, ttft_ms=one.ttft_ms, tpot_ms=one.tpot_ms) for one in predicted]
 
 
+@pytest.mark.long
 def test_constants_are_those_of_the_other_architectures_and_are_kept(tables: Path, tmp_path: Path) -> None:
     loads = list(itertools.product((1, 2), (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)))
     seen, unseen = (

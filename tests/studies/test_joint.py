@@ -34,7 +34,7 @@ def measured(study: Study, count: int) -> None:
         study.tell(proposal, measure(proposal.candidate))
 
 
-@pytest.mark.parametrize("sampler", [SamplerKind.NSGA2, SamplerKind.TPE])
+@pytest.mark.parametrize("sampler", [SamplerKind.NSGA2, pytest.param(SamplerKind.TPE, marks=pytest.mark.long)])
 def test_a_batch_is_of_different_candidates_and_one_in_ten_is_unscreened(
     tmp_path: Path, storage: Storage, sampler: SamplerKind
 ) -> None:

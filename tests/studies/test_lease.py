@@ -16,6 +16,7 @@ class TestSqliteLease(LeaseContract):
         return f"sqlite:///{tmp_path}/study.db"
 
 
+@pytest.mark.long
 class TestJournalLease(LeaseContract):
     @pytest.fixture
     def url(self, tmp_path: Path) -> str:

@@ -88,6 +88,7 @@ def test_it_ends_at_its_budget_goes_on_with_a_raised_one_and_measures_nothing_tw
     assert len(set(keys[:4])) == len(set(keys[4:])) == 4
 
 
+@pytest.mark.long
 def test_other_studies_under_its_name_are_refused_and_more_are_welcome(invoke: Invoke, tmp_path: Path) -> None:
     invoke("campaign", "run", "campaign.yaml", "--set", "budget={device_hours: 0.001}")
     file = tmp_path / "campaign.yaml"

@@ -79,7 +79,13 @@ def test_a_confirmed_study_has_nothing_to_measure_until_more_is_asked(bench: Ben
 
 
 @pytest.mark.parametrize(
-    "stopped_at", [3, 12, pytest.param(9, marks=pytest.mark.long), pytest.param(14, marks=pytest.mark.long)]
+    "stopped_at",
+    [
+        3,
+        pytest.param(12, marks=pytest.mark.long),
+        pytest.param(9, marks=pytest.mark.long),
+        pytest.param(14, marks=pytest.mark.long),
+    ],
 )
 def test_a_stopped_study_is_confirmed_by_its_resume(bench: Bench, stopped_at: int) -> None:
     bench.cluster.make_runner = lambda: MemoryRunner(outcome_of=noisy)
@@ -91,6 +97,7 @@ def test_a_stopped_study_is_confirmed_by_its_resume(bench: Bench, stopped_at: in
     assert sum(trial.is_finished and not trial.is_repeat for trial in report.trials) == 8
 
 
+@pytest.mark.long
 def test_a_front_that_its_confirmation_changes_is_confirmed_too(bench: Bench) -> None:
     """Whatever was measured first turns out three times worse: others take its place, and are confirmed."""
     seen: Counter[str] = Counter()
@@ -110,6 +117,7 @@ def test_a_front_that_its_confirmation_changes_is_confirmed_too(bench: Bench) ->
     assert confirmed > {member.key for member in report.front}, "some members left the front"
 
 
+@pytest.mark.long
 def test_nothing_is_confirmed_where_the_infrastructure_fails(bench: Bench) -> None:
     def outcome(request: TrialRequest) -> Outcome:
         if len(bench.requests) <= 3:

@@ -1,6 +1,7 @@
 """Twelve small studies on one budget: a campaign against the same studies alone with equal shares.
 
-    python benchmarks/campaign.py [--seeds 3] [--hours 7] [--kills 5] [--jobs 2] [--json]
+    python benchmarks/campaign.py [--seeds 3] [--hours 7] [--kills 5] [--searches 1] [--jobs 2]
+                                  [--only transfer] [--json]
 
 EMULATED: no figure says anything of a GPU. What is real: campaign file, slices, storage, leases, the search with its
 model, screen and NSGA-II, what earlier studies teach, and kill -9. What is not: a trial takes no time. Its outcome, and
@@ -15,7 +16,8 @@ Printed for each world and as medians over worlds:
   held what the studies alone held then (so many times more hypervolume per device-hour);
 - the kills, in the first world: a campaign killed with -9 again and again, against one that was not;
 - transfer: measurements to 95% of the final hypervolume for six new studies, with the twelve of the campaign in their
-  storage and without. Final is the larger of the two ends, each after `--trials` measurements.
+  storage and without. Final is the larger of the two ends, each after `--trials` measurements. Each is searched
+  `--searches` times, with seeds of its own.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ from benchmarks.campaigns.arms import (
 )
 from benchmarks.campaigns.world import Yardstick, campaign_text, keep_models, yardstick
 from tuner.campaigns.campaign import load_campaign
+from tuner.study_schema import StudyFile
 
 TARGET_GAIN, TARGET_TRANSFER, TARGET_BUDGET = 1.5, 0.5, 0.02
 ENOUGH = 0.95
@@ -67,6 +70,8 @@ class Plan:
     trials: int
     kills: int
     folder: str
+    searches: int = 1
+    only_transfer: bool = False
 
     @property
     def home(self) -> Path:
@@ -146,6 +151,7 @@ class Transfer:
     alone: int | None
     taught_share: float
     alone_share: float
+    search: int = 0
 
     @property
     def ratio(self) -> float:
@@ -230,46 +236,49 @@ def _kill_after(file: Path, folder: Path, seed: int, log: Path, trials: int) -> 
 
 def transfer(plan: Plan) -> list[Transfer]:
     """Six studies of users that the campaign did not have, alone, and each where the campaign's twelve are."""
-    file = plan.file("late", ("code",))
-    campaign, _ = load_campaign(file)
-    found = []
-    for cell in campaign.cells:
-        rod = yardstick(cell.study, plan.seed)
-        paths = {}
-        for earlier in ("none", "related"):
-            folder = plan.home / f"late-{cell.name}-{earlier}"
-            if earlier == "related":
-                ignored = shutil.ignore_patterns("artifacts", "reports", "predictions", "work")
-                shutil.copytree(plan.home / "campaign", folder, ignore=ignored)
-            limits = cell.study.budget.model_copy(update={"trials": plan.trials})
-            study = cell.study.model_copy(update={"budget": limits, "earlier_studies": earlier})
-            run_alone(study, place_at(folder), plan.seed)
-            paths[earlier] = path_of(study.name, place_at(folder), rod)
-        best = max(path[-1].share for path in paths.values())
-        needed = {
-            name: next((n for n, step in enumerate(path, start=1) if step.share >= ENOUGH * best), None)
-            for name, path in paths.items()
-        }
-        found.append(
-            Transfer(
-                seed=plan.seed,
-                study=cell.name,
-                trials=plan.trials,
-                taught=needed["related"],
-                alone=needed["none"],
-                taught_share=paths["related"][-1].share,
-                alone_share=paths["none"][-1].share,
-            )
-        )
-    return found
+    if not (plan.home / "campaign").exists():
+        run_campaign_here(plan.file(), plan.home / "campaign", plan.seed)
+    campaign, _ = load_campaign(plan.file("late", ("code",)))
+    return [_transferred(plan, cell.study, search) for cell in campaign.cells for search in range(plan.searches)]
+
+
+def _transferred(plan: Plan, late: StudyFile, search: int) -> Transfer:
+    """One of the six; the first search has the world's number for its seed, as the campaign has."""
+    rod = yardstick(late, plan.seed)
+    paths = {}
+    for earlier in ("none", "related"):
+        folder = plan.home / f"late-{late.name}-{search}-{earlier}"
+        if earlier == "related":
+            ignored = shutil.ignore_patterns("artifacts", "reports", "predictions", "work")
+            shutil.copytree(plan.home / "campaign", folder, ignore=ignored)
+        limits = late.budget.model_copy(update={"trials": plan.trials})
+        own = {"budget": limits, "earlier_studies": earlier, "seed": late.seed + 100 * search}
+        study = late.model_copy(update=own)
+        run_alone(study, place_at(folder), plan.seed)
+        paths[earlier] = path_of(study.name, place_at(folder), rod)
+    best = max(path[-1].share for path in paths.values())
+    needed = {
+        name: next((n for n, step in enumerate(path, start=1) if step.share >= ENOUGH * best), None)
+        for name, path in paths.items()
+    }
+    return Transfer(
+        seed=plan.seed,
+        study=late.name,
+        trials=plan.trials,
+        taught=needed["related"],
+        alone=needed["none"],
+        taught_share=paths["related"][-1].share,
+        alone_share=paths["none"][-1].share,
+        search=search,
+    )
 
 
 def world(plan: Plan) -> dict[str, Any]:
-    """Everything in one world."""
-    first = kept(plan, "gain", lambda: [gain(plan)], Gain)
-    wanted = plan.kills and plan.seed == 0
-    kills = kept(plan, "killed", lambda: [killed(plan)], Killed) if wanted else [None]
-    return {"gain": first[0], "killed": kills[0], "transfer": kept(plan, "transfer", lambda: transfer(plan), Transfer)}
+    """Everything in one world, or of the transfer alone."""
+    first = [] if plan.only_transfer else kept(plan, "gain", lambda: [gain(plan)], Gain)
+    wanted = plan.kills and plan.seed == 0 and not plan.only_transfer
+    kills = kept(plan, "killed", lambda: [killed(plan)], Killed) if wanted else []
+    return {"gain": first, "killed": kills, "transfer": kept(plan, "transfer", lambda: transfer(plan), Transfer)}
 
 
 def kept(plan: Plan, name: str, make: Callable[[], list[Any]], kind: type[Any]) -> list[Any]:
@@ -291,33 +300,42 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def answer(worlds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All figures, and whether each target was met."""
-    gains: list[Gain] = [found["gain"] for found in worlds]
-    kills: list[Killed] = [found["killed"] for found in worlds if found["killed"] is not None]
+    """All figures that were taken, and whether each target of theirs was met."""
+    gains: list[Gain] = [each for found in worlds for each in found["gain"]]
+    kills: list[Killed] = [each for found in worlds for each in found["killed"]]
     transfers: list[Transfer] = [each for found in worlds for each in found["transfer"]]
     ratios = [each.ratio for each in transfers]
-    same = [each.at_the_same for each in gains]
-    budgets = [*(abs(each.over_budget) for each in gains), *(abs(each.over_budget) for each in kills)]
-    sound = all(not k.measured_twice and not k.left_open and k.same_studies for k in kills)
+    medians = {**(_medians(gains, kills) if gains else {}), "transfer": spread(ratios)}
     return {
         "emulated": True,
         "gains": [{**asdict(g), "at_the_end": g.at_the_end, "at_the_same": g.at_the_same} for g in gains],
         "killed": [asdict(each) for each in kills],
         "transfer": [{**asdict(each), "ratio": each.ratio} for each in transfers],
-        "medians": {
-            "at_the_same": spread(same),
-            "at_the_end": spread([each.at_the_end for each in gains]),
-            "share": spread([each.share for each in gains]),
-            "alone_share": spread([each.alone_share for each in gains]),
-            "over_budget": spread(budgets),
-            "transfer": spread(ratios),
-        },
+        "medians": medians,
         "met": {
-            "within 2% of the budget": max(budgets) <= TARGET_BUDGET,
-            "1.5 x hypervolume per device-hour": statistics.median(same) >= TARGET_GAIN,
+            **(_met(medians, kills) if gains else {}),
             "transfer halves the measurements": statistics.median(ratios) <= TARGET_TRANSFER,
-            "killed, and nothing lost or repeated": sound,
         },
+    }
+
+
+def _medians(gains: Sequence[Gain], kills: Sequence[Killed]) -> dict[str, dict[str, float]]:
+    budgets = [*(abs(each.over_budget) for each in gains), *(abs(each.over_budget) for each in kills)]
+    return {
+        "at_the_same": spread([each.at_the_same for each in gains]),
+        "at_the_end": spread([each.at_the_end for each in gains]),
+        "share": spread([each.share for each in gains]),
+        "alone_share": spread([each.alone_share for each in gains]),
+        "over_budget": spread(budgets),
+    }
+
+
+def _met(medians: dict[str, dict[str, float]], kills: Sequence[Killed]) -> dict[str, bool]:
+    sound = all(not k.measured_twice and not k.left_open and k.same_studies for k in kills)
+    return {
+        "within 2% of the budget": medians["over_budget"]["greatest"] <= TARGET_BUDGET,
+        "1.5 x hypervolume per device-hour": medians["at_the_same"]["median"] >= TARGET_GAIN,
+        "killed, and nothing lost or repeated": sound,
     }
 
 
@@ -325,7 +343,8 @@ def print_answer(found: dict[str, Any], out: TextIO) -> None:
     """For people."""
     print("EMULATED: no figure says anything of a GPU", file=out)
     head = ("world", "spent", "of", "trials", "hypervolume", "alone", "spent", "hours to it", "x per hour", "at end")
-    print(("{:>6}{:>8}{:>7}{:>8}{:>13}{:>8}{:>8}{:>13}{:>12}{:>8}").format(*head), file=out)
+    if found["gains"]:
+        print(("{:>6}{:>8}{:>7}{:>8}{:>13}{:>8}{:>8}{:>13}{:>12}{:>8}").format(*head), file=out)
     for row in found["gains"]:
         hours = row["hours_to_alone"]
         print(
@@ -344,8 +363,8 @@ def print_answer(found: dict[str, Any], out: TextIO) -> None:
         )
     for row in found["transfer"]:
         print(
-            f"world {row['seed']}, {row['study']}: {row['taught']} measurements to 95% with earlier studies, "
-            f"{row['alone']} without (ends {row['taught_share']:.1%}, {row['alone_share']:.1%})",
+            f"world {row['seed']}, {row['study']}, search {row['search']}: {row['taught']} measurements to 95% with "
+            f"earlier studies, {row['alone']} without (ends {row['taught_share']:.1%}, {row['alone_share']:.1%})",
             file=out,
         )
     for name, values in found["medians"].items():
@@ -361,6 +380,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="worlds")
     parser.add_argument("--hours", type=float, default=7.0, help="budget of a campaign in device-hours")
     parser.add_argument("--trials", type=int, default=14, help="measurements of a study of the transfer")
+    parser.add_argument("--searches", type=int, default=1, help="of each study of the transfer")
+    parser.add_argument("--only", choices=["transfer"], help="leave out gain and kills")
     parser.add_argument("--kills", type=int, default=5, help="of the first world's campaign; 0 for none")
     parser.add_argument("--jobs", type=int, default=2, help="worlds at once, each in a process")
     parser.add_argument(
@@ -381,7 +402,15 @@ def main() -> int:
         return 0
     folder = str(options.keep.resolve()) if options.keep else tempfile.mkdtemp(prefix="campaign-")
     plans = [
-        Plan(seed=seed, hours=options.hours, trials=options.trials, kills=options.kills, folder=folder)
+        Plan(
+            seed=seed,
+            hours=options.hours,
+            trials=options.trials,
+            kills=options.kills,
+            folder=folder,
+            searches=options.searches,
+            only_transfer=options.only == "transfer",
+        )
         for seed in range(options.seeds)
     ]
     try:

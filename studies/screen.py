@@ -84,6 +84,7 @@ class Screen:
         predict: Predict | None,
         log: PredictionLog,
         shared: Shared | None = None,
+        hints: Sequence[Candidate] = (),
     ) -> None:
         self._problem = problem
         self._shared = shared
@@ -91,6 +92,7 @@ class Screen:
         self._seed = seed
         self._predict = predict
         self._log = log
+        self._hints = {candidate.key: candidate for candidate in hints}
         self._genotypes = all_candidates(space)
         self._near: dict[Candidate, tuple[Candidate, ...]] = {}
         self._witness: tuple[str, Candidate] | None = None
@@ -150,8 +152,8 @@ class Screen:
     def _screened(self, suggested: Sequence[Candidate], request: Request) -> list[Choice]:
         """What the model chooses: of `suggested`, and of those that the screen itself thinks of.
 
-        Those are warm deployments under other loads, neighbours of the front, a random sample, and neighbours of what
-        the model likes best of all these.
+        Those are hints, warm deployments under other loads, neighbours of the front, a random sample, and neighbours
+        of what the model likes best of all these.
         """
         appraiser = self._appraiser(request)
         options = self._options(self._fresh(self._pool(suggested, request), request), request)
@@ -167,7 +169,8 @@ class Screen:
         return Appraiser(self._problem, request.trials, self.numpy_seed(request.number), self._shared)
 
     def _pool(self, suggested: Sequence[Candidate], request: Request) -> list[Candidate]:
-        return [*suggested, *self._warm_candidates(request), *self._around_front(request), *self._sample(request)]
+        own = (*self._warm_candidates(request), *self._around_front(request), *self._sample(request))
+        return [*suggested, *self._hints.values(), *own]
 
     def think(self, suggested: Sequence[Candidate], request: Request) -> Iterator[None]:
         """Predict what `choose` will want to know, `THOUGHT_AT_ONCE` candidates a step: a model remembers its answers.
@@ -206,12 +209,17 @@ class Screen:
             Choice(
                 candidate=chosen.candidate,
                 key=chosen.key,
-                origin=Origin.WARM if chosen.is_warm else Origin.SCREENED,
+                origin=self._origin(chosen),
                 prediction=chosen.prediction,
                 expected_gain=worth.gain if place == 0 else None,
             )
             for place, chosen in enumerate(options[index] for index in worth.chosen)
         ]
+
+    def _origin(self, chosen: Option) -> Origin:
+        if chosen.is_warm:
+            return Origin.WARM
+        return Origin.SEED if chosen.key in self._hints else Origin.SCREENED
 
     def _unscreened(self, suggested: Sequence[Candidate], request: Request) -> Choice:
         """The first new candidate that failures do not speak against, whatever the model says; else any untried one."""

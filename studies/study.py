@@ -110,9 +110,9 @@ class StudySetup:
     `study_file` is the text of the resolved study file, stored with the study. `directory` receives `artifacts/` of
     all its studies and `predictions/<name>/`. `budget_trials` and `in_flight` (trials at once) set the population.
     Without `predict` the search is what `sampler` does alone; `shared` says what its predictions have in common, for
-    candidates that are chosen jointly. `seeds` are measured right after the defaults. `repeats`
-    says what is measured again. `devices` are the measured ones of node pools, stored so that no other run measures
-    them.
+    candidates that are chosen jointly. `seeds` are measured right after the defaults; `hints` are candidates that the
+    screen looks at whenever it chooses, and measures where its model says so. `repeats` says what is measured again.
+    `devices` are the measured ones of node pools, stored so that no other run measures them.
     """
 
     name: str
@@ -126,6 +126,7 @@ class StudySetup:
     predict: Predict | None = None
     shared: Shared | None = None
     seeds: tuple[Candidate, ...] = field(default=())
+    hints: tuple[Candidate, ...] = field(default=())
     sampler: SamplerKind = SamplerKind.NSGA2
     devices: Mapping[str, Device] = field(default_factory=dict)
     repeats: RepeatRule = NO_REPEATS
@@ -195,7 +196,9 @@ class Study:
         self.history = StudyHistory(storage, setup.name)
         _check_study_file(self.history.study_file, setup)
         self._log = PredictionLog(setup.directory / "predictions" / setup.name)
-        self._screen = Screen(setup.problem, setup.space, setup.seed, setup.predict, self._log, setup.shared)
+        self._screen = Screen(
+            setup.problem, setup.space, setup.seed, setup.predict, self._log, setup.shared, setup.hints
+        )
         self._breeding = ScreenedBreeding(setup.space, self._screen, self.history.population)
         self._generations = Generations(self.directions, setup.seed, self._breeding, self.history.population)
         setup.artifact_dir.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """What earlier studies in the same storage give to a new one that is related.
 
 They teach it how wrong the model was, and the members of their fronts, at the nearest settings that the new space has,
-are its seeds: they are measured right after the defaults.
+are its seeds: its screen looks at them whenever it chooses. They are measured where the model, as
+corrected by now, says that they are worth it, and never because they were good elsewhere.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ MOST_STUDIES, MOST_TRIALS = 3, 60
 """Related studies that a new one learns from, the latest of them, and measured trials of each, the latest ones."""
 
 
-MOST_SEEDS, SEEDS_OF_BUDGET = 8, 4
-"""Seeds from fronts of earlier studies: at most 8, and at most a quarter of the budget of trials."""
+MOST_SEEDS = 8
+"""Seeds from fronts of earlier studies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,20 +121,19 @@ def _lesson(found: _Related) -> Lesson:
     )
 
 
-def seeds(found: Sequence[Lesson], space: Space, budget_trials: int) -> dict[str, tuple[Candidate, ...]]:
+def seeds(found: Sequence[Lesson], space: Space) -> dict[str, tuple[Candidate, ...]]:
     """Candidates of `space` from the fronts of `found` studies, by study, those of the first one first.
 
     Each is the nearest that the space has and can run; none comes twice, and no default. Of a front with too many
     members those are taken that lie evenly along it.
     """
-    most = min(MOST_SEEDS, budget_trials // SEEDS_OF_BUDGET)
     known = {space.default(mode, engine).key for mode in space.modes for engine in space.engines}
     chosen: dict[str, tuple[Candidate, ...]] = {}
     for lesson in found:
         mapped = [nearest(space, candidate, _pools(lesson, space.problem)) for candidate in lesson.front]
         fitting = {c.key: c for c in mapped if c is not None and infeasibility(c, space.problem) is None}
         fresh = [candidate for key, candidate in fitting.items() if key not in known]
-        taken = _evenly(fresh, most - sum(map(len, chosen.values())))
+        taken = _evenly(fresh, MOST_SEEDS - sum(map(len, chosen.values())))
         known |= {candidate.key for candidate in taken}
         chosen |= {lesson.study: taken} if taken else {}
     return chosen

@@ -140,8 +140,7 @@ def _run(
         model = LearningModel(_taught(make_predictor(problem, file), found, observer))
         setup = _setup(file, place, stored, problem, devices, model, cluster.trials_at_once)
         setup = replace(setup, repeats=make_repeats(run))
-        if not (history and progress_of(history.trials()).finished):
-            setup = _seeded(setup, found, run.budget.trials, observer)
+        setup = _hinted(setup, found, observer)
         study = open_study(storage, setup, lease) if history else create_study(storage, setup, lease)
         study.note_earlier([str(lesson) for lesson in found])
         if asked.again is not None:
@@ -165,13 +164,15 @@ def _taught(predictor: CalibratedPredictor, found: Sequence[Lesson], observer: O
     return replace(predictor, earlier=tuple(o for lesson in reversed(found) for o in lesson.observations))
 
 
-def _seeded(setup: StudySetup, found: Sequence[Lesson], trials: int, observer: Observer) -> StudySetup:
-    """`setup` of a study that begins with a run of so many `trials`, with seeds from the fronts of related studies."""
-    chosen = seeds(found, setup.space, trials)
+def _hinted(setup: StudySetup, found: Sequence[Lesson], observer: Observer) -> StudySetup:
+    """`setup` with the fronts of related studies for its screen to look at."""
+    chosen = seeds(found, setup.space)
     if chosen:
         counts = "; ".join(f"{study} ({len(candidates)} candidates)" for study, candidates in chosen.items())
-        observer.note(f"seeds are taken from the fronts of earlier studies: {counts}")
-    return replace(setup, seeds=tuple(candidate for candidates in chosen.values() for candidate in candidates))
+        observer.note(
+            f"the fronts of earlier studies are looked at, and measured where the model expects a gain: {counts}"
+        )
+    return replace(setup, hints=tuple(candidate for candidates in chosen.values() for candidate in candidates))
 
 
 def lease_times() -> LeaseTimes:

@@ -20,7 +20,7 @@ from search_spaces.space import Space
 from studies.errors import SpaceExhausted
 from studies.predictions import ROWS_PER_FILE, PredictionLog, Rejected
 from studies.records import Origin, TrialRecord, TrialStatus
-from studies.screen import Predict, Request, Screen, all_candidates
+from studies.screen import Choice, Predict, Request, Screen, all_candidates
 from tests.studies.toy import biased_model, measure, small_space, surface, toy_problem, wide_space
 
 PROBLEM = toy_problem()
@@ -83,6 +83,24 @@ def test_the_best_predicted_candidate_is_chosen_and_the_rest_is_written_down(tmp
     assert [column for column in table if column.startswith("predicted_")] == [f"predicted_{name}" for name in METRICS]
     assert SPACE.decode(json.loads(outscored["genotype"].iloc[0])).key == outscored["key"].iloc[0]
     assert PredictionLog(tmp_path / "predictions").count == log.count, "a resumed study counts on"
+
+
+def test_a_hint_is_measured_where_the_model_says_so_and_not_otherwise(tmp_path: Path) -> None:
+    default, hint = measured(0, SPACE.default()), sample(40)[-1]
+
+    def choice_where_a_hint_gives(rate: float, folder: Path) -> Choice:
+        def predict(candidates: Sequence[Candidate]) -> list[Prediction]:
+            rates = [rate if c == hint else 50.0 for c in candidates]
+            return [Prediction(metrics={"output_tokens_per_s": r, "ttft_p50_ms": 9.0}) for r in rates]
+
+        screen = Screen(PROBLEM, SPACE, 1, predict, PredictionLog(folder), hints=(hint,))
+        (choice,) = screen.choose([], request(12, [default]))
+        return choice
+
+    good, bad = choice_where_a_hint_gives(5000.0, tmp_path / "good"), choice_where_a_hint_gives(1.0, tmp_path / "bad")
+    assert (good.candidate, good.origin) == (hint, Origin.SEED), "nothing else proposes it"
+    assert bad.candidate != hint
+    assert bad.origin is Origin.SCREENED
 
 
 def test_what_is_turned_down_again_and_again_is_written_once(tmp_path: Path) -> None:

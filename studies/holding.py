@@ -10,14 +10,18 @@ and whatever stands below a broken link fails. With L(v) the likelihood of what 
 and a candidate holds where no link above it is broken: the product of these down its tree, exact within a tree. Of its
 trees the most pessimistic one counts. The probability falls exponentially with the failures of a family that
 never held, and one trial that holds clears every link above it.
+
+What earlier studies tell of a link becomes its probability before the first trial: a suspicion, never more than
+`MOST_SUSPECTED`, as what failed under other users may hold under these; and never less than for any link, so that what
+held elsewhere may be found broken here.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +36,9 @@ BROKEN = (0.02, 0.05, 0.05, 0.2)
 CHANCE, CHANCE_UNDER_LOAD = 0.05, 0.3
 """Probability that a trial fails where nothing is broken: at its start, and under load (another load may hold)."""
 
+MOST_SUSPECTED = 0.8
+"""Probability up to which a link is taken for broken by what earlier studies tell."""
+
 _UNDER_LOAD = frozenset(
     {
         FailureReason.OUT_OF_MEMORY_UNDER_LOAD,
@@ -44,17 +51,24 @@ _SIZES = ("tp", "pp", "dp", "ep")
 _Path = tuple[str, ...]
 """The setting that names a tree, then the links from its root down."""
 
+Suspicions = Mapping[_Path, float]
+"""Probability that a link is broken, for links that are suspected more than usual."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Holding:
-    """What failures teach: `sound` is the log probability that a link is not broken, for links that saw trials."""
+    """What failures teach: `sound` is the log probability that a link is not broken, for links that saw trials.
+
+    `suspected` are those of earlier studies, for links that saw none here.
+    """
 
     sound: dict[_Path, float]
     any_failed: bool
+    suspected: Suspicions = field(default_factory=dict)
 
     def probability(self, candidates: Sequence[Candidate]) -> NDArray[np.float64]:
         """Probability (n,) that each candidate starts and holds; all alike while nothing has failed."""
-        if not self.any_failed:
+        if not self.any_failed and not self.suspected:
             return np.full(len(candidates), 1.0 - CHANCE)
         return np.array([self._of(candidate) for candidate in candidates], dtype=np.float64)
 
@@ -63,17 +77,31 @@ class Holding:
 
     def _down(self, path: _Path) -> float:
         links = ((path[: depth + 2], broken) for depth, broken in enumerate(BROKEN))
-        return sum(self.sound.get(link, math.log1p(-broken)) for link, broken in links)
+        return sum(
+            self.sound[link] if link in self.sound else math.log1p(-self.suspected.get(link, broken))
+            for link, broken in links
+        )
 
 
-def holding_of(trials: Iterable[TrialRecord]) -> Holding:
-    """What the finished `trials` teach; faults of the infrastructure, whose trials are lost, teach nothing."""
+def holding_of(trials: Iterable[TrialRecord], suspected: Suspicions | None = None) -> Holding:
+    """What the finished `trials` teach; faults of the infrastructure, whose trials are lost, teach nothing.
+
+    `suspected` is what earlier studies tell, see `suspicions`.
+    """
     told = [trial for trial in trials if trial.candidate is not None and trial.is_finished]
     any_failed = any(trial.status is TrialStatus.FAILED for trial in told)
-    return Holding(sound=_sound(told) if any_failed else {}, any_failed=any_failed)
+    before = suspected or {}
+    sound = _sound(told, before) if any_failed or before else {}
+    return Holding(sound=sound, any_failed=any_failed, suspected=before)
 
 
-def _sound(trials: Sequence[TrialRecord]) -> dict[_Path, float]:
+def suspicions(trials: Iterable[TrialRecord]) -> Suspicions:
+    """What the `trials` of earlier studies make one suspect in a new one, in whose terms their candidates are."""
+    found = {path: min(MOST_SUSPECTED, -math.expm1(log)) for path, log in holding_of(trials).sound.items()}
+    return {path: broken for path, broken in found.items() if broken > BROKEN[len(path) - 2]}
+
+
+def _sound(trials: Sequence[TrialRecord], suspected: Suspicions) -> dict[_Path, float]:
     """Log probability that each link above `trials` is not broken, from the configurations up to the engines."""
     below: dict[_Path, float] = defaultdict(float)  # log of the product of the likelihoods below a link
     held: set[_Path] = set()
@@ -83,9 +111,10 @@ def _sound(trials: Sequence[TrialRecord]) -> dict[_Path, float]:
             if trial.status is TrialStatus.MEASURED:
                 held.update(path[:length] for length in range(2, len(path) + 1))
     sound: dict[_Path, float] = {}
-    for broken in reversed(BROKEN):
+    for usual in reversed(BROKEN):
         above: dict[_Path, float] = defaultdict(float)
         for path, product in below.items():
+            broken = suspected.get(path, usual)
             unbroken = math.log1p(-broken) + product
             likelihood = unbroken if path in held else float(np.logaddexp(math.log(broken), unbroken))
             sound[path] = unbroken - likelihood

@@ -7,7 +7,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from search_spaces.errors import require
 from search_spaces.outcome import Prediction
@@ -16,6 +16,7 @@ from search_spaces.rules import infeasibility
 from search_spaces.serving import Candidate, ServingConfig
 from search_spaces.space import Space
 from studies.errors import SpaceExhausted
+from studies.holding import Suspicions
 from studies.pareto import front
 from studies.predictions import PredictionLog, Rejected
 from studies.records import Origin, TrialRecord
@@ -73,6 +74,18 @@ class Choice:
     expected_gain: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Handed:
+    """What earlier studies hand over beside the corrections of the model.
+
+    `hints` are candidates that the screen looks at whenever it chooses, and measures where its model says so.
+    `suspected` is what failed there.
+    """
+
+    hints: tuple[Candidate, ...] = ()
+    suspected: Suspicions = field(default_factory=dict)
+
+
 class Screen:
     """Chooses candidates with a model; without one, the first that is new and can run."""
 
@@ -84,7 +97,7 @@ class Screen:
         predict: Predict | None,
         log: PredictionLog,
         shared: Shared | None = None,
-        hints: Sequence[Candidate] = (),
+        handed: Handed | None = None,
     ) -> None:
         self._problem = problem
         self._shared = shared
@@ -92,7 +105,8 @@ class Screen:
         self._seed = seed
         self._predict = predict
         self._log = log
-        self._hints = {candidate.key: candidate for candidate in hints}
+        self._suspected = handed.suspected if handed else {}
+        self._hints = {candidate.key: candidate for candidate in (handed.hints if handed else ())}
         self._genotypes = all_candidates(space)
         self._near: dict[Candidate, tuple[Candidate, ...]] = {}
         self._witness: tuple[str, Candidate] | None = None
@@ -166,7 +180,8 @@ class Screen:
         return self._decide(options, appraiser.appraise(options, request.count), request)
 
     def _appraiser(self, request: Request) -> Appraiser:
-        return Appraiser(self._problem, request.trials, self.numpy_seed(request.number), self._shared)
+        seed = self.numpy_seed(request.number)
+        return Appraiser(self._problem, request.trials, seed, self._shared, self._suspected)
 
     def _pool(self, suggested: Sequence[Candidate], request: Request) -> list[Candidate]:
         own = (*self._warm_candidates(request), *self._around_front(request), *self._sample(request))

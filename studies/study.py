@@ -90,7 +90,7 @@ from studies.samplers import (
     require_sampler,
     suggestions,
 )
-from studies.screen import Choice, Predict, Request, Screen
+from studies.screen import Choice, Handed, Predict, Request, Screen
 from studies.stopping import Progress, progress_of
 from studies.storage import Storage
 from studies.trial_writer import TrialWriter
@@ -110,9 +110,9 @@ class StudySetup:
     `study_file` is the text of the resolved study file, stored with the study. `directory` receives `artifacts/` of
     all its studies and `predictions/<name>/`. `budget_trials` and `in_flight` (trials at once) set the population.
     Without `predict` the search is what `sampler` does alone; `shared` says what its predictions have in common, for
-    candidates that are chosen jointly. `seeds` are measured right after the defaults; `hints` are candidates that the
-    screen looks at whenever it chooses, and measures where its model says so. `repeats` says what is measured again.
-    `devices` are the measured ones of node pools, stored so that no other run measures them.
+    candidates that are chosen jointly. `seeds` are measured right after the defaults; `handed` is what earlier studies
+    give to the screen. `repeats` says what is measured again. `devices` are the measured ones of node pools, stored so
+    that no other run measures them.
     """
 
     name: str
@@ -126,7 +126,7 @@ class StudySetup:
     predict: Predict | None = None
     shared: Shared | None = None
     seeds: tuple[Candidate, ...] = field(default=())
-    hints: tuple[Candidate, ...] = field(default=())
+    handed: Handed = field(default_factory=Handed)
     sampler: SamplerKind = SamplerKind.NSGA2
     devices: Mapping[str, Device] = field(default_factory=dict)
     repeats: RepeatRule = NO_REPEATS
@@ -197,7 +197,13 @@ class Study:
         _check_study_file(self.history.study_file, setup)
         self._log = PredictionLog(setup.directory / "predictions" / setup.name)
         self._screen = Screen(
-            setup.problem, setup.space, setup.seed, setup.predict, self._log, setup.shared, setup.hints
+            setup.problem,
+            setup.space,
+            setup.seed,
+            setup.predict,
+            self._log,
+            setup.shared,
+            setup.handed,
         )
         self._breeding = ScreenedBreeding(setup.space, self._screen, self.history.population)
         self._generations = Generations(self.directions, setup.seed, self._breeding, self.history.population)

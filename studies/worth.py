@@ -31,7 +31,7 @@ from studies.acquisition import (
     rank,
 )
 from studies.costs import costs_of
-from studies.holding import holding_of
+from studies.holding import Suspicions, holding_of
 from studies.records import TrialRecord, TrialStatus
 
 UNKNOWN_LOG_STDDEV = 0.3
@@ -76,14 +76,19 @@ class Appraiser:
     """Ranks options by what a study has measured so far."""
 
     def __init__(
-        self, problem: Problem, trials: Sequence[TrialRecord], seed: int = 0, shared: Shared | None = None
+        self,
+        problem: Problem,
+        trials: Sequence[TrialRecord],
+        seed: int = 0,
+        shared: Shared | None = None,
+        suspected: Suspicions | None = None,
     ) -> None:
         self._problem = problem
         self._shared = shared
         self._trials = trials
         self._seed = seed
         self._costs = costs_of(trials)
-        self._holding = holding_of(trials)
+        self._holding = holding_of(trials, suspected)
         self._objectives = tuple(objective.metric for objective in problem.objectives)
         self._metrics = tuple(dict.fromkeys((*self._objectives, *(slo.metric for slo in problem.slos))))
         maximised = [objective.direction is Direction.MAXIMIZE for objective in problem.objectives]

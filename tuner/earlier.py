@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from perf_model.calibration import Observation
 from search_spaces.nearest import nearest
 from search_spaces.problem import Problem
 from search_spaces.rules import infeasibility
-from search_spaces.serving import Candidate
+from search_spaces.serving import Candidate, ServingConfig
 from search_spaces.space import Space
 from studies.errors import StudyFormatError
 from studies.history import StudyHistory, study_names
 from studies.pareto import front
+from studies.records import TrialRecord
 from studies.storage import Storage
 from tuner.devices import load_devices
 from tuner.places import Place
@@ -33,6 +34,9 @@ MOST_STUDIES, MOST_TRIALS = 3, 60
 """Related studies that a new one learns from, the latest of them, and measured trials of each, the latest ones."""
 
 
+NEAREST = 3
+"""Nearness of a study that shares the model and a kind of node."""
+
 MOST_SEEDS = 8
 """Seeds from fronts of earlier studies."""
 
@@ -42,12 +46,15 @@ class Lesson:
     """What one earlier study gives, and what it has in common with the new one.
 
     `front` are the members of its front, best first in its first objective, and `node_types` the devices of its pools.
+    `ended` are its trials, in terms of the new study's node pools, where model and kind of node are the same: what
+    failed there may fail here.
     """
 
     study: str
     relation: str
     observations: tuple[Observation, ...]
     front: tuple[Candidate, ...] = ()
+    ended: tuple[TrialRecord, ...] = ()
     node_types: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -68,7 +75,7 @@ def lessons(storage: Storage, place: Place, file: StudyFile, problem: Problem) -
         if other != file.name and (found := _related(storage, other, place, file, problem, own)) is not None
     ]
     related.sort(key=lambda found: (found.nearness, found.began), reverse=True)
-    taught = (_lesson(found) for found in related)
+    taught = (_lesson(found, problem) for found in related)
     return tuple(itertools.islice((lesson for lesson in taught if lesson.observations), MOST_STUDIES))
 
 
@@ -107,18 +114,34 @@ def _related(
     return _Related(history=history, file=other, problem=theirs, relation=relation, nearness=nearness, began=began)
 
 
-def _lesson(found: _Related) -> Lesson:
+def _lesson(found: _Related, problem: Problem) -> Lesson:
     """What a related study teaches."""
     trials = found.history.trials()
     measured = [(t.candidate, t.measurement.metrics.flat()) for t in trials if t.candidate and t.measurement]
     observed = make_predictor(found.problem, found.file).observed(measured[-MOST_TRIALS:], study=found.file.name)
+    types = {pool.name: pool.device.name for pool in found.problem.node_pools}
     return Lesson(
         study=found.file.name,
         relation=found.relation,
         observations=tuple(observed),
         front=tuple(trial.candidate for trial in front(trials, found.history.directions) if trial.candidate),
-        node_types={pool.name: pool.device.name for pool in found.problem.node_pools},
+        ended=_in_terms_of(problem, trials, types) if found.nearness == NEAREST else (),
+        node_types=types,
     )
+
+
+def _in_terms_of(problem: Problem, trials: Sequence[TrialRecord], types: Mapping[str, str]) -> tuple[TrialRecord, ...]:
+    """Those of `trials` whose pools have their like in `problem`, as if they had been made there."""
+    names = _pools(types, problem)
+    return tuple(
+        replace(trial, candidate=replace(trial.candidate, config=_moved(trial.candidate.config, names)))
+        for trial in trials
+        if trial.candidate and trial.is_finished and all(p.node_pool in names for p in trial.candidate.config.pools)
+    )
+
+
+def _moved(config: ServingConfig, names: Mapping[str, str]) -> ServingConfig:
+    return replace(config, pools=tuple(replace(pool, node_pool=names[pool.node_pool]) for pool in config.pools))
 
 
 def seeds(found: Sequence[Lesson], space: Space) -> dict[str, tuple[Candidate, ...]]:
@@ -130,7 +153,7 @@ def seeds(found: Sequence[Lesson], space: Space) -> dict[str, tuple[Candidate, .
     known = {space.default(mode, engine).key for mode in space.modes for engine in space.engines}
     chosen: dict[str, tuple[Candidate, ...]] = {}
     for lesson in found:
-        mapped = [nearest(space, candidate, _pools(lesson, space.problem)) for candidate in lesson.front]
+        mapped = [nearest(space, candidate, _pools(lesson.node_types, space.problem)) for candidate in lesson.front]
         fitting = {c.key: c for c in mapped if c is not None and infeasibility(c, space.problem) is None}
         fresh = [candidate for key, candidate in fitting.items() if key not in known]
         taken = _evenly(fresh, MOST_SEEDS - sum(map(len, chosen.values())))
@@ -139,13 +162,13 @@ def seeds(found: Sequence[Lesson], space: Space) -> dict[str, tuple[Candidate, .
     return chosen
 
 
-def _pools(lesson: Lesson, problem: Problem) -> dict[str, str]:
+def _pools(types: Mapping[str, str], problem: Problem) -> dict[str, str]:
     """Node pools of the problem by those of an earlier study: of the same name, else with the same devices."""
     ours = {pool.device.name: pool.name for pool in reversed(problem.node_pools)}
     names = {pool.name for pool in problem.node_pools}
     return {
         name: name if name in names else ours[device]
-        for name, device in lesson.node_types.items()
+        for name, device in types.items()
         if name in names or device in ours
     }
 

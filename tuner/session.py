@@ -16,11 +16,13 @@ from search_spaces.rules import infeasibility
 from search_spaces.space import Space
 from studies.errors import StudyFileChangedError
 from studies.history import StudyHistory
+from studies.holding import suspicions
 from studies.lease import Lease, LeaseTimes, take_lease, times_for
 from studies.pareto import front
 from studies.records import TrialStatus
 from studies.repeats import lacking_runs
 from studies.samplers import SamplerKind
+from studies.screen import Handed
 from studies.stopping import StopReason, progress_of
 from studies.storage import Storage, faults_told, open_storage
 from studies.study import Study, StudySetup, create_study, open_study
@@ -140,7 +142,7 @@ def _run(
         model = LearningModel(_taught(make_predictor(problem, file), found, observer))
         setup = _setup(file, place, stored, problem, devices, model, cluster.trials_at_once)
         setup = replace(setup, repeats=make_repeats(run))
-        setup = _hinted(setup, found, observer)
+        setup = replace(setup, handed=_handed(found, space, observer))
         study = open_study(storage, setup, lease) if history else create_study(storage, setup, lease)
         study.note_earlier([str(lesson) for lesson in found])
         if asked.again is not None:
@@ -164,15 +166,18 @@ def _taught(predictor: CalibratedPredictor, found: Sequence[Lesson], observer: O
     return replace(predictor, earlier=tuple(o for lesson in reversed(found) for o in lesson.observations))
 
 
-def _hinted(setup: StudySetup, found: Sequence[Lesson], observer: Observer) -> StudySetup:
-    """`setup` with the fronts of related studies for its screen to look at."""
-    chosen = seeds(found, setup.space)
+def _handed(found: Sequence[Lesson], space: Space, observer: Observer) -> Handed:
+    """The fronts of related studies for the screen to look at, and what failed in those that are nearest."""
+    chosen = seeds(found, space)
     if chosen:
         counts = "; ".join(f"{study} ({len(candidates)} candidates)" for study, candidates in chosen.items())
         observer.note(
             f"the fronts of earlier studies are looked at, and measured where the model expects a gain: {counts}"
         )
-    return replace(setup, hints=tuple(candidate for candidates in chosen.values() for candidate in candidates))
+    return Handed(
+        hints=tuple(candidate for candidates in chosen.values() for candidate in candidates),
+        suspected=suspicions(trial for lesson in found for trial in lesson.ended),
+    )
 
 
 def lease_times() -> LeaseTimes:

@@ -10,8 +10,9 @@ import pytest
 
 from search_spaces.outcome import Failure, FailureReason
 from search_spaces.serving import Candidate, Mode
-from studies.holding import BROKEN, CHANCE, holding_of
+from studies.holding import BROKEN, CHANCE, holding_of, suspicions
 from studies.records import Origin, TrialRecord, TrialStatus
+from studies.screen import HOPELESS
 from tests.studies.toy import measure, toy_problem, wide_space
 
 SPACE = wide_space(toy_problem())
@@ -105,3 +106,25 @@ def test_one_failure_gives_the_posterior_by_hand() -> None:
         ]
     )
     assert chance([told(DISAGGREGATED[0], TIMEOUT)], DISAGGREGATED[1]) == [pytest.approx((1 - CHANCE) * sound)]
+
+
+def test_what_failed_in_an_earlier_study_is_suspected_until_it_holds() -> None:
+    bad, held = AGGREGATED[0], AGGREGATED[1]
+    earlier = [told(held, None), told(bad, FailureReason.OUT_OF_MEMORY_AT_BOOT)]
+    suspected = suspicions(earlier)
+    before = holding_of([], suspected).probability([bad, held]).tolist()
+    assert HOPELESS <= before[0] < 0.5 * before[1], "a suspicion is no certainty: an unscreened trial may try it"
+    after = holding_of([told(bad, None)], suspected).probability([bad]).tolist()
+    assert after == [pytest.approx(1 - CHANCE)]
+
+
+def test_what_held_in_an_earlier_study_may_be_found_broken_here() -> None:
+    bad = AGGREGATED[0]
+    suspected = suspicions([told(bad, None), told(AGGREGATED[1], TIMEOUT)])
+    trials = [told(candidate, None) for candidate in AGGREGATED[2:4]] + [told(bad, TIMEOUT)]
+    found, alone = (holding_of(trials, known).probability([bad])[0] for known in (suspected, None))
+    assert found <= alone < 0.5
+
+
+def test_earlier_studies_without_failures_make_nothing_suspect() -> None:
+    assert suspicions([told(candidate, None) for candidate in AGGREGATED]) == {}

@@ -20,7 +20,7 @@ from search_spaces.space import Space
 from studies.errors import SpaceExhausted
 from studies.predictions import ROWS_PER_FILE, PredictionLog, Rejected
 from studies.records import Origin, TrialRecord, TrialStatus
-from studies.screen import Choice, Predict, Request, Screen, all_candidates
+from studies.screen import Choice, Handed, Predict, Request, Screen, all_candidates
 from tests.studies.toy import biased_model, measure, small_space, surface, toy_problem, wide_space
 
 PROBLEM = toy_problem()
@@ -93,7 +93,7 @@ def test_a_hint_is_measured_where_the_model_says_so_and_not_otherwise(tmp_path: 
             rates = [rate if c == hint else 50.0 for c in candidates]
             return [Prediction(metrics={"output_tokens_per_s": r, "ttft_p50_ms": 9.0}) for r in rates]
 
-        screen = Screen(PROBLEM, SPACE, 1, predict, PredictionLog(folder), hints=(hint,))
+        screen = Screen(PROBLEM, SPACE, 1, predict, PredictionLog(folder), handed=Handed(hints=(hint,)))
         (choice,) = screen.choose([], request(12, [default]))
         return choice
 

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from search_spaces.outcome import Failure, FailureReason
 from search_spaces.rules import infeasibility
 from search_spaces.serving import Mode
 from studies.history import StudyHistory
-from studies.records import Origin
+from studies.records import Origin, TrialRecord, TrialStatus
 from studies.storage import open_storage
 from tests.studies.toy import toy_problem, wide_space
 from tests.tuner.test_session import Bench
-from tuner.earlier import MOST_SEEDS, Lesson, _relation, seeds
+from tuner.earlier import MOST_SEEDS, Lesson, _in_terms_of, _moved, _relation, seeds
 from tuner.places import Place
 from tuner.report import show_json
 
@@ -116,3 +117,25 @@ def test_studies_are_related_by_model_or_by_nodes() -> None:
     assert _relation(ours, ours) == "model toy too"
     assert _relation(other_model, ours) == "nodes with core too"
     assert _relation(replace(other_model, node_pools=other_nodes), ours) is None
+
+
+def test_trials_of_the_same_model_and_kind_of_node_are_handed_over_in_terms_of_this_study() -> None:
+    ours = toy_problem()
+    (pool,) = ours.node_pools
+    candidate = wide_space(ours).default(Mode.AGGREGATED)
+    there = replace(candidate, config=_moved(candidate.config, {pool.name: "elsewhere"}))
+    assert there.key != candidate.key
+    failed = TrialRecord(
+        number=0,
+        status=TrialStatus.FAILED,
+        candidate=there,
+        key=there.key,
+        origin=Origin.DEFAULT,
+        prediction=None,
+        outcome=Failure(reason=FailureReason.STARTUP_TIMEOUT, detail="it hung"),
+        values=None,
+    )
+    (told,) = _in_terms_of(ours, [failed], {"elsewhere": pool.device.name})
+    assert told.candidate == candidate
+    assert _in_terms_of(ours, [failed], {"elsewhere": "another device"}) == ()
+    assert _in_terms_of(ours, [replace(failed, status=TrialStatus.LOST)], {"elsewhere": pool.device.name}) == ()

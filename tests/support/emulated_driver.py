@@ -90,7 +90,7 @@ def measure(
         handle = runner.start(request)
         while isinstance(outcome := runner.poll(handle), Running):
             for deployment in runner._deployments:
-                places |= {part: labels[facts.node_id] for part, facts in deployment._facts.items()}
+                places |= {part: labels[facts.node_id] for part, facts in deployment._seats.facts.items()}
             time.sleep(0.02)
     return {"places": places, **said(outcome)}
 

@@ -195,16 +195,16 @@ def reach(runner: RayTrialRunner, handle: TrialHandle, phase: str) -> None:
 
 def hosts(runner: RayTrialRunner) -> dict[str, str]:
     """The address that every part of the deployments that are up listens on."""
-    return {name: seat.host for deployment in runner._deployments for name, seat in deployment._seats.items()}
+    return {name: seat.host for deployment in runner._deployments for name, seat in deployment._seats._taken.items()}
 
 
 def node_ids(runner: RayTrialRunner) -> set[str]:
     """The nodes of the newest deployment."""
-    return {facts.node_id for deployment in runner._deployments[-1:] for facts in deployment._facts.values()}
+    return {facts.node_id for deployment in runner._deployments[-1:] for facts in deployment._seats.facts.values()}
 
 
 def node_of(runner: RayTrialRunner, part: str) -> str:
-    return runner._deployments[0]._facts[part].node_id
+    return runner._deployments[0]._seats.facts[part].node_id
 
 
 def told(outcome: Outcome) -> dict[str, object]:

@@ -69,7 +69,7 @@ def study_of_tree(tree: Tree, directory: Path, overrides: Sequence[str] = (), *,
 def _layered(parsed: _Text, directory: Path, overrides: Sequence[str], *, name: str) -> LayeredStudy:
     try:
         chosen_tree, rest = chosen(parsed.tree, overrides)
-        tree = _overridden(chosen_tree, rest)
+        tree = overridden(chosen_tree, rest)
         resolved = resolve_tree(tree, directory, [_override_path(text) for text in rest])
     except LayerError as error:
         raise _error(name, [str(error)]) from error
@@ -99,10 +99,11 @@ def parse_study(text: str, overrides: Sequence[str] = (), *, name: str = "study 
     `name` stands in messages.
     """
     parsed = _parse_yaml(text, name)
-    return _checked(_overridden(parsed.tree, overrides), parsed.lines, name)
+    return _checked(overridden(parsed.tree, overrides), parsed.lines, name)
 
 
-def _overridden(tree: Tree, overrides: Sequence[str]) -> Tree:
+def overridden(tree: Tree, overrides: Sequence[str]) -> Tree:
+    """A copy of `tree` after `overrides` (`key.path=value`); raises `StudyFileError` for what is none."""
     changed = copy.deepcopy(tree)
     for override in overrides:
         _apply_override(changed, override)
@@ -177,7 +178,7 @@ def _apply_override(tree: Tree, override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
-        raise StudyFileError(f"--set {override!r} is no override; write --set key.path=value, such as budget.trials=8")
+        raise StudyFileError(f"--set {override!r} is no override; write --set key.path=value, such as budget.cost=8")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

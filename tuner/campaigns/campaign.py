@@ -14,8 +14,8 @@ from search_spaces.errors import TunerError
 from tuner.campaigns.schema import CampaignFile, Layer, Rules
 from tuner.experiments import EXPERIMENTS, merged
 from tuner.layers_file import LayerError
-from tuner.study_errors import describe
-from tuner.study_file import differences, dump_study, parse_study, raw_tree, study_of_tree
+from tuner.study_errors import StudyFileError, describe
+from tuner.study_file import differences, dump_study, overridden, parse_study, raw_tree, study_of_tree
 from tuner.study_schema import StudyFile
 
 
@@ -85,18 +85,10 @@ def load_campaign(path: Path, overrides: Sequence[str] = ()) -> tuple[Campaign, 
 
 
 def _with(tree: dict[str, object], overrides: Sequence[str]) -> dict[str, object]:
-    for override in overrides:
-        dotted, equals, text = override.partition("=")
-        if not equals or not all(dotted.split(".")):
-            raise CampaignFileError(f"--set {override!r} is no override; write such as --set budget.device_hours=8")
-        *above, last = dotted.strip().split(".")
-        section: object = tree
-        for key in above:
-            section = section.setdefault(key, {}) if isinstance(section, dict) else None
-        if not isinstance(section, dict):
-            raise CampaignFileError(f"--set {override}: {'.'.join(above)} is no mapping; set it as a whole")
-        section[last] = yaml.safe_load(text)
-    return tree
+    try:
+        return overridden(tree, overrides)
+    except StudyFileError as error:
+        raise CampaignFileError(str(error)) from error
 
 
 def _checked(tree: Mapping[str, object], name: str) -> CampaignFile:

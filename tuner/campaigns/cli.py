@@ -14,6 +14,8 @@ import typer
 from search_spaces.errors import InvalidValueError, TunerError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from rich.console import RenderableType
 
     from studies.storage import Storage
@@ -118,7 +120,8 @@ def status(
     if follow and as_json:
         raise InvalidValueError("--follow draws for people, and --json was given too; choose one")
     _, opened = _existing(storage)
-    found = _status(opened, name)
+    statuses = _statuses(opened, name)
+    found = next(statuses)
     if as_json:
         _print(status_json(found))
         return
@@ -130,7 +133,7 @@ def status(
         try:
             while found.state in (State.RUNNING, State.WAITING, State.STOPPING, State.PAUSED):
                 time.sleep(FOLLOW_S)
-                found = _status(opened, name)
+                found = next(statuses)
                 live.update(status_view(found))
         except KeyboardInterrupt:
             return
@@ -247,25 +250,28 @@ def _run(campaign: Campaign, place: Place, *, address: str | None, as_json: bool
     print(f"The campaign is over: {over}.", file=sys.stderr)
 
 
-class _picture:  # noqa: N801 - a function with a storage
+def _picture(storage: Storage) -> Callable[[View], RenderableType]:
     """Draws a view."""
+    from tuner.campaigns.status import status_view
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-
-    def __call__(self, view: View) -> RenderableType:
-        from tuner.campaigns.status import status_view
-
-        return status_view(_status_of(self._storage, view))
+    return lambda view: status_view(_status_of(storage, view))
 
 
 def _status(storage: Storage, name: str) -> CampaignStatus:
+    return next(_statuses(storage, name))
+
+
+def _statuses(storage: Storage, name: str) -> Iterator[CampaignStatus]:
+    """The campaign as it stands, each time it is asked for; what has ended of it is read once."""
     from tuner.campaigns.look import Looker, utc_now
     from tuner.campaigns.open import existing
 
     record = existing(storage, name)
-    view = Looker(storage=storage, campaign=record.campaign()).view(record.memory(), utc_now())
-    return _status_of(storage, view)
+    asked, looker = record.asked(), Looker(storage=storage, campaign=record.campaign())
+    while True:
+        yield _status_of(storage, looker.view(record.memory(), utc_now()))
+        if record.asked() != asked:
+            asked, looker = record.asked(), Looker(storage=storage, campaign=record.campaign())
 
 
 def _status_of(storage: Storage, view: View) -> CampaignStatus:

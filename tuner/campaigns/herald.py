@@ -10,7 +10,7 @@ from tuner.campaigns.look import View
 from tuner.campaigns.record import Record, Slice
 from tuner.campaigns.run import failed_in_a_row
 from tuner.campaigns.standing import Standing
-from tuner.campaigns.status import best_of, spent_text, used_share
+from tuner.campaigns.status import spent_text, used_share
 from tuner.campaigns.webhooks import Message, Parcel, Post
 from tuner.report import metrics_of
 from tuner.wiring import is_emulated
@@ -90,7 +90,7 @@ class Herald:
             self._tell(view, "failure", f"failure:{slice_.number}", text, standing)
 
     def _best(self, view: View, standing: Standing) -> None:
-        best = best_of(standing)
+        best = standing.best
         if best is None or best.candidate is None:
             return
         metric = standing.problem.objectives[0].metric
@@ -105,7 +105,7 @@ class Herald:
         self._tell(view, "drift", key, text, standing)
 
     def over(self, view: View, reason: str) -> None:
-        """The campaign is over; waits until everything has left, for a while."""
+        """The campaign is over."""
         number_of = len(view.memory.slices)
         self._tell(view, "end", f"end:{number_of}", f"the campaign is over: {reason}; spent {spent_text(view)}")
 

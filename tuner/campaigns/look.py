@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
@@ -103,24 +104,33 @@ class View:
 
 @dataclass
 class Looker:
-    """Reads a campaign's studies again and again; finished trials are decoded once."""
+    """Reads a campaign's studies again and again; finished trials are decoded, and weighed, once."""
 
     storage: Storage
     campaign: Campaign
     _histories: dict[str, StudyHistory] = field(default_factory=dict)
     _problems: dict[str, Problem] = field(default_factory=dict)
+    _standings: dict[str, Standing] = field(default_factory=dict)
 
     def view(self, memory: Memory, now: datetime) -> View:
         """The campaign as it is stored now."""
-        standings = tuple(self._standing(cell, memory) for cell in self.campaign.cells)
+        records = {cell.name: CellRecord(cell=cell.name, study=cell.name) for cell in self.campaign.cells}
+        records |= {name: record for name, record in memory.cells.items() if name in records}
+        self._find([name for record in records.values() for name in (record.study, *record.earlier)])
+        standings = tuple(self._standing(cell, records[cell.name]) for cell in self.campaign.cells)
         zone = self.campaign.rules.per_day.zone
         today = summed([spent_on(s.trials, s.problem, now, zone) for s in standings])
         return View(campaign=self.campaign, memory=memory, standings=standings, today=today, now=now)
 
-    def _standing(self, cell: Cell, memory: Memory) -> Standing:
-        record = memory.cells.get(cell.name) or CellRecord(cell=cell.name, study=cell.name)
-        earlier = [found for name in record.earlier if (found := self.history(name)) is not None]
-        return standing_of(cell, record, self._problem(cell), self.history(record.study), earlier)
+    def _standing(self, cell: Cell, record: CellRecord) -> Standing:
+        """How `cell` stands: as it stood where nothing of it has changed since."""
+        history, last = self.history(record.study), self._standings.get(cell.name)
+        trials = history.trials() if history else ()
+        if last is None or last.record != record or not _are_same(last.trials, trials):
+            earlier = [found for name in record.earlier if (found := self.history(name)) is not None]
+            last = standing_of(cell, record, self._problem(cell), trials, earlier)
+            self._standings[cell.name] = last
+        return last
 
     def _problem(self, cell: Cell) -> Problem:
         if cell.name not in self._problems:
@@ -128,13 +138,22 @@ class Looker:
         return self._problems[cell.name]
 
     def history(self, study: str) -> StudyHistory | None:
-        """The stored study, None where it has not begun."""
-        if study not in self._histories and study in study_names(self.storage):
-            try:
-                self._histories[study] = StudyHistory(self.storage, study)
-            except StudyNotFoundError:
-                return None
+        """The stored study, None where it had not begun at the last look."""
         return self._histories.get(study)
+
+    def _find(self, studies: Sequence[str]) -> None:
+        """Look for those of `studies` that had not begun at the last look."""
+        missing = [study for study in studies if study not in self._histories]
+        there = study_names(self.storage) if missing else ()
+        for study in missing:
+            if study in there:
+                with suppress(StudyNotFoundError):  # its coordinator is about to make it
+                    self._histories[study] = StudyHistory(self.storage, study)
+
+
+def _are_same(before: Sequence[TrialRecord], now: Sequence[TrialRecord]) -> bool:
+    """True for the very same records: what has ended is decoded once, and what runs anew at each reading."""
+    return len(before) == len(now) and all(one is other for one, other in zip(before, now, strict=True))
 
 
 def window_end(window: WindowSection, now: datetime) -> datetime | None:

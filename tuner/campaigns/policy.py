@@ -63,11 +63,12 @@ class Purse:
     def least(self, other: Purse) -> Purse:
         """The smaller of both, limit by limit."""
         return Purse(
-            device_hours=_least(self.device_hours, other.device_hours), dollars=_least(self.dollars, other.dollars)
+            device_hours=smaller(self.device_hours, other.device_hours), dollars=smaller(self.dollars, other.dollars)
         )
 
 
-def _least(one: float | None, other: float | None) -> float | None:
+def smaller(one: float | None, other: float | None) -> float | None:
+    """The smaller of two limits, of which None limits nothing."""
     known = [value for value in (one, other) if value is not None]
     return min(known) if known else None
 

@@ -151,15 +151,19 @@ class Record:
         """True where the campaign has been written."""
         return RULES in self.store.read()
 
+    def asked(self) -> tuple[Json, Json]:
+        """What is asked, as it is stored: two equal answers make equal campaigns."""
+        found = self.store.read()
+        return found.get(RULES), found.get(CELLS)
+
     def campaign(self) -> Campaign:
         """What is asked."""
-        attributes = self.store.read()
-        return from_stored(str(attributes[RULES]), self.cells(), self.store.storage.dashboard_url)
+        found = self.store.read()
+        return from_stored(str(found[RULES]), _cells(found), self.store.storage.dashboard_url)
 
     def cells(self) -> tuple[StoredCell, ...]:
         """The stored cells."""
-        stored = cast("list[Json]", self.store.read().get(CELLS, []))
-        return tuple(from_json(StoredCell, data) for data in stored)
+        return _cells(self.store.read())
 
     def begin(self, campaign: Campaign) -> None:
         """Write what is asked; the rules go last: without them nothing here has happened."""
@@ -173,7 +177,7 @@ class Record:
         return Memory(
             cells={cell.cell: cell for cell in cells},
             slices=tuple(from_json(Slice, found[key]) for key in sorted(found) if key.startswith(_SLICE)),
-            pause=self.pause(),
+            pause=_pause(found),
             ended=None if found.get(ENDED) is None else from_json(End, found[ENDED]),
             told=tuple(map(str, cast("list[Json]", found.get(TOLD, [])))),
             outbox=tuple(from_json(Parcel, data) for data in cast("list[Json]", found.get(OUTBOX, []))),
@@ -182,8 +186,7 @@ class Record:
 
     def pause(self) -> Pause | None:
         """The order to pause, None where there is none."""
-        found = self.store.read().get(PAUSE)
-        return None if found is None else from_json(Pause, found)
+        return _pause(self.store.read())
 
     def note_cell(self, cell: CellRecord) -> None:
         """Remember where a cell stands."""
@@ -212,6 +215,14 @@ class Record:
     def order_pause(self, pause: Pause | None) -> None:
         """Order that nothing is measured any more, or take it back; anybody may."""
         self.store.note(PAUSE, to_json(pause))
+
+
+def _cells(found: Mapping[str, Json]) -> tuple[StoredCell, ...]:
+    return tuple(from_json(StoredCell, data) for data in cast("list[Json]", found.get(CELLS, [])))
+
+
+def _pause(found: Mapping[str, Json]) -> Pause | None:
+    return None if found.get(PAUSE) is None else from_json(Pause, found[PAUSE])
 
 
 def closed(cell: CellRecord, reason: str, at_s: float) -> CellRecord:

@@ -14,7 +14,7 @@ from studies.storage import Storage
 from tuner.campaigns.look import View
 from tuner.campaigns.record import Slice
 from tuner.campaigns.standing import Standing, failures
-from tuner.campaigns.status import CampaignStatus, best_of, spent_text, status_json
+from tuner.campaigns.status import CampaignStatus, spent_text, status_json
 from tuner.report import StudyReport, metrics_of
 from tuner.report_story import Story, report_json, story_of
 from tuner.stored import make_report
@@ -89,7 +89,7 @@ def _chapter(storage: Storage, standing: Standing) -> Chapter:
 def _answer(status: CampaignStatus) -> str:
     """One sentence: how many studies have an answer, what it took, and why it is over."""
     view = status.view
-    answered = sum(best_of(standing) is not None for standing in view.standings)
+    answered = sum(standing.best is not None for standing in view.standings)
     count = len(view.standings)
     measured = sum(standing.measured for standing in view.standings)
     end = view.memory.ended
@@ -118,7 +118,7 @@ def _facts(status: CampaignStatus) -> tuple[str, ...]:
 def row_of(chapter: Chapter) -> tuple[str, ...]:
     """A study in the table: choices, state, counts, cost, the best value in its first objective, and how."""
     standing = chapter.standing
-    best = best_of(standing)
+    best = standing.best
     return (
         chapter.name,
         standing.record.closed or ("open" if standing.begun else "not begun"),

@@ -19,7 +19,7 @@ from studies.stopping import StopReason
 from studies.storage import Storage, open_lease_book
 from tuner.campaigns.campaign import Campaign
 from tuner.campaigns.look import Looker, View, utc_now
-from tuner.campaigns.policy import Choice, Offer, choose, portion
+from tuner.campaigns.policy import Choice, Offer, choose, portion, smaller
 from tuner.campaigns.record import CellRecord, End, Record, Slice, SliceEnd, SliceKind, Suspect, closed
 from tuner.campaigns.slices import Order, SliceRunner
 from tuner.campaigns.standing import Cost, Standing
@@ -485,19 +485,14 @@ def portion_of(slice_: Slice, study: StudyFile, wall_s: float | None, campaign: 
     min_gain, patience = least_gain(own, campaign)
     limits = {
         "trials": slice_.trials,
-        "device_hours": _smaller(slice_.device_hours, own.device_hours),
-        "cost": _smaller(slice_.dollars, own.cost),
-        "wall_time": _smaller(wall_s, own.wall_time),
+        "device_hours": smaller(slice_.device_hours, own.device_hours),
+        "cost": smaller(slice_.dollars, own.cost),
+        "wall_time": smaller(wall_s, own.wall_time),
         "confirm": own.confirm if slice_.kind is SliceKind.CONFIRM else 1,
     }
     if slice_.kind is SliceKind.SEARCH:
         limits |= {"min_gain": min_gain, "patience": patience}
     return own.model_copy(update=limits)
-
-
-def _smaller(one: float | None, other: float | None) -> float | None:
-    known = [value for value in (one, other) if value is not None]
-    return min(known) if known else None
 
 
 def failed_in_a_row(slices: Sequence[Slice]) -> tuple[Slice, ...]:

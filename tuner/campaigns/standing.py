@@ -92,16 +92,20 @@ class Standing:
         """Its Pareto front."""
         return front(self.trials, self.directions)
 
+    @property
+    def best(self) -> TrialRecord | None:
+        """The member of the front that is best in the first objective; None where there is none."""
+        return next(iter(self.front), None)
+
 
 def standing_of(
     cell: Cell,
     record: CellRecord,
     problem: Problem,
-    history: StudyHistory | None,
+    trials: tuple[TrialRecord, ...],
     earlier: Sequence[StudyHistory],
 ) -> Standing:
-    """The standing of `cell`, whose study is `history`, None before it exists; `earlier` are its former generations."""
-    trials = history.trials() if history else ()
+    """The standing of `cell`, whose study has `trials`; `earlier` are its former generations."""
     directions = tuple(objective.direction for objective in problem.objectives)
     progress = progress_of(trials)
     now = spent(trials, problem)

@@ -17,7 +17,6 @@ from search_spaces.metrics import METRICS
 from studies.codec import Json
 from studies.lease import is_free
 from studies.lease_record import Seen
-from studies.records import TrialRecord
 from tuner.campaigns.look import View
 from tuner.campaigns.record import Slice
 from tuner.campaigns.standing import Standing, failures
@@ -68,15 +67,9 @@ class CampaignStatus:
         return tuple(found for found in self.view.memory.slices if found.end is None)
 
 
-def best_of(standing: Standing) -> TrialRecord | None:
-    """The member of the front that is best in the first objective; None where there is none."""
-    members = standing.front
-    return members[0] if members else None
-
-
 def best_text(standing: Standing) -> str:
     """The best trial in the first objective, in words."""
-    found = best_of(standing)
+    found = standing.best
     if found is None:
         return "-"
     metric = standing.problem.objectives[0].metric
@@ -235,7 +228,7 @@ def status_json(status: CampaignStatus) -> dict[str, Json]:
 
 
 def _standing_json(standing: Standing, status: CampaignStatus) -> Json:
-    best = best_of(standing)
+    best = standing.best
     return {
         "study": standing.record.study,
         "cell": dict(standing.cell.choices),

@@ -79,18 +79,12 @@ class Odd:
     why: str
 
 
-def incumbent_of(standing: Standing) -> TrialRecord | None:
-    """The best configuration: the member of the front that is best in the first objective."""
-    members = standing.front
-    return members[0] if members else None
-
-
 def due(standing: Standing, later: Sequence[TrialRecord], *, every_s: float | None, now_s: float) -> Due | None:
     """The check that a study needs; `later` are trials of all studies on its engine and nodes, its own included.
 
     None where nothing has changed since the last run of its best configuration.
     """
-    best = incumbent_of(standing)
+    best = standing.best
     if best is None:
         return None
     runs = [t for t in standing.trials if t.key == best.key and t.status is TrialStatus.MEASURED]

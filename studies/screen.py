@@ -43,7 +43,8 @@ class Request:
     """What the screen knows when trial `number` is asked for.
 
     `tried` holds the keys that must not be proposed; `warm` the configurations whose deployments are up. `count` trials
-    are asked for at once, with the numbers from `number` on.
+    are asked for at once, with the numbers from `number` on. `crowded` names node pools that nothing more is to be
+    chosen for while others have room.
     """
 
     number: int
@@ -51,6 +52,11 @@ class Request:
     tried: AbstractSet[str]
     warm: tuple[ServingConfig, ...] = ()
     count: int = 1
+    crowded: AbstractSet[str] = frozenset()
+
+    def has_room_for(self, config: ServingConfig) -> bool:
+        """False where a pool of `config` would run on a crowded node pool."""
+        return not any(pool.node_pool in self.crowded for pool in config.pools)
 
     @property
     def unscreened(self) -> tuple[bool, ...]:
@@ -64,7 +70,8 @@ class Choice:
     """What the screen chose.
 
     `expected_gain` is the largest expected growth of the hypervolume that it saw, relative to what is held; None where
-    it did not choose by that, and for all but the first of those that were chosen together: they were seen once.
+    it did not choose by that or saw only what has room, and for all but the first of those that were chosen together:
+    they were seen once.
     """
 
     candidate: Candidate
@@ -172,7 +179,7 @@ class Screen:
         appraiser = self._appraiser(request)
         options = self._options(self._fresh(self._pool(suggested, request), request), request)
         if not options:
-            return []
+            return self._screened(suggested, replace(request, crowded=frozenset())) if request.crowded else []
         best = appraiser.appraise(options).order[:REFINED]
         near = [other for index in best for other in self._neighbours(options[index].candidate)]
         known = {option.key for option in options}
@@ -205,7 +212,13 @@ class Screen:
     def _think_of(self, pool: Sequence[Candidate], request: Request, options: list[Option]) -> Iterator[None]:
         """Predict those of `pool` that may be proposed; what can run is added to `options`."""
         distinct = dict.fromkeys(pool)
-        able = [c for c in distinct if c.key not in request.tried and infeasibility(c, self._problem) is None]
+        able = [
+            candidate
+            for candidate in distinct
+            if request.has_room_for(candidate.config)
+            and candidate.key not in request.tried
+            and infeasibility(candidate, self._problem) is None
+        ]
         for first in range(0, len(able), THOUGHT_AT_ONCE):
             part = able[first : first + THOUGHT_AT_ONCE]
             for candidate, prediction in zip(part, self._predict(part) if self._predict else (), strict=True):
@@ -226,7 +239,7 @@ class Screen:
                 key=chosen.key,
                 origin=self._origin(chosen),
                 prediction=chosen.prediction,
-                expected_gain=worth.gain if place == 0 else None,
+                expected_gain=worth.gain if place == 0 and not request.crowded else None,
             )
             for place, chosen in enumerate(options[index] for index in worth.chosen)
         ]
@@ -241,7 +254,7 @@ class Screen:
         appraiser = self._appraiser(request)
         pool = self._holding(self._fresh(suggested, request), appraiser)
         pool = pool or self._holding(self._fresh(self._sample(request), request), appraiser)
-        pool = pool or self._fresh(self._sample(request), request)
+        pool = pool or self._fresh(self._sample(request), replace(request, crowded=frozenset()))
         found = next(iter(pool.items()), None) or self._next_untried(request.tried)
         if found is None:
             raise SpaceExhausted("every candidate of the space has been tried or cannot run")
@@ -283,11 +296,11 @@ class Screen:
     def _fresh(
         self, candidates: Sequence[Candidate], request: Request, known: AbstractSet[str] = frozenset()
     ) -> dict[str, Candidate]:
-        """The distinct `candidates` by key that are not `known`, were not tried and that no rule forbids."""
+        """The distinct `candidates` by key that have room, are not `known`, were not tried and that no rule forbids."""
         fresh: dict[str, Candidate] = {}
         for candidate in dict.fromkeys(candidates):
             key = candidate.key
-            if key in request.tried or key in fresh or key in known:
+            if not request.has_room_for(candidate.config) or key in request.tried or key in fresh or key in known:
                 continue
             reason = infeasibility(candidate, self._problem)
             if reason is None:

@@ -27,6 +27,7 @@ import difflib
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -160,9 +161,16 @@ def _make_optuna_study(storage: Storage, setup: StudySetup) -> None:
     try:
         optuna.create_study(storage=storage.backend, study_name=setup.name, directions=directions)
     except optuna.exceptions.DuplicatedStudyError as error:
-        raise StudyExistsError(
-            f"storage {storage.url} has a study {setup.name!r} already; resume it or choose another name"
-        ) from error
+        found = load_optuna_study(storage, setup.name)
+        if _is_begun(found) or found.directions != directions:
+            raise StudyExistsError(
+                f"storage {storage.url} has a study {setup.name!r} already; resume it or choose another name"
+            ) from error
+
+
+def _is_begun(study: optuna.Study) -> bool:
+    """False where whoever made it died before it was whole."""
+    return STUDY_SCHEMA in study.user_attrs or bool(study.get_trials(deepcopy=False))
 
 
 def open_study(storage: Storage, setup: StudySetup, lease: Lease | None = None) -> Study:
@@ -223,7 +231,7 @@ class Study:
 
     def _initialise(self, study: optuna.Study) -> None:
         """Write what belongs to the study itself. The schema goes last: without it nothing here has happened."""
-        if STUDY_SCHEMA in study.user_attrs or study.get_trials(deepcopy=False):
+        if _is_begun(study):
             return
         setup = self.setup
         with warnings.catch_warnings():  # the names are what the dashboard shows; the call is marked experimental
@@ -311,9 +319,12 @@ class Study:
         """The next candidate to measure: `ask_batch` of one."""
         return self.ask_batch(1, warm)[0]
 
-    def ask_batch(self, most: int, warm: Sequence[ServingConfig] = ()) -> tuple[Proposal, ...]:
+    def ask_batch(
+        self, most: int, warm: Sequence[ServingConfig] = (), crowded: AbstractSet[str] = frozenset()
+    ) -> tuple[Proposal, ...]:
         """The next candidates to measure, at most `most`; `warm` are the configurations whose deployments are up.
 
+        `crowded` names node pools for which enough is waiting: where others have room, those are chosen for.
         What waits goes first: defaults, seeds, repeats; then a control that is due; the rest is chosen jointly, no two
         alike. Raises `SpaceExhausted` when nothing is left to propose.
         """
@@ -326,7 +337,7 @@ class Study:
             found += self._start_waiting(most - len(found))
         if len(found) < most:
             try:
-                found += self._propose(most - len(found), warm)
+                found += self._propose(self._request(warm, crowded, most - len(found)))
             except SpaceExhausted:
                 if not found:
                     raise
@@ -343,8 +354,7 @@ class Study:
                 found.append(started)
         return found
 
-    def _propose(self, count: int, warm: Sequence[ServingConfig]) -> list[Proposal]:
-        request = self._request(warm, count)
+    def _propose(self, request: Request) -> list[Proposal]:
         self._screen.require_untried(request.tried, request.number)
         is_nsga2 = self.setup.sampler is SamplerKind.NSGA2
         generation, bred = self._generations.next(request if is_nsga2 else None)
@@ -353,19 +363,22 @@ class Study:
         self._mirror.read_new()
         return begun
 
-    def _request(self, warm: Sequence[ServingConfig], count: int = 1) -> Request:
+    def _request(self, warm: Sequence[ServingConfig], crowded: AbstractSet[str], count: int = 1) -> Request:
         trials = candidates_of(self._mirror.records)
         tried = {trial.key for trial in trials if trial.key is not None}
-        return Request(number=len(self._mirror.records), trials=trials, tried=tried, warm=tuple(warm), count=count)
+        number = len(self._mirror.records)
+        return Request(number=number, trials=trials, tried=tried, warm=tuple(warm), count=count, crowded=crowded)
 
-    def think_ahead(self, warm: Sequence[ServingConfig] = ()) -> Iterator[None]:
+    def think_ahead(
+        self, warm: Sequence[ServingConfig] = (), crowded: AbstractSet[str] = frozenset()
+    ) -> Iterator[None]:
         """Let the model predict what the next `ask` will want to know, a few candidates at each step.
 
         Nothing is written, and `ask` answers the same without it, only later. Begin anew after each ask and tell.
         """
         if any(trial.status is TrialStatus.WAITING for trial in self._mirror.records):
             return
-        request = self._request(warm)
+        request = self._request(warm, crowded)
         bred = self._breeding.children(request) if self.setup.sampler is SamplerKind.NSGA2 else []
         yield
         yield from self._screen.think(bred, request)

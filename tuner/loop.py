@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from studies.spending import Spent, spent
 from studies.stopping import Budget, Progress, StopReason, over_budget, stop_reason
 from studies.study import Study
 from tuner.observer import RECENT_TRIALS, Observer, Snapshot, Trying
-from tuner.utilisation import Utilisation
+from tuner.utilisation import Utilisation, crowded_pools
 
 POLL_S = 0.1
 ASKED_AT_ONCE = 8
@@ -202,6 +203,12 @@ class Search:
         finally:
             self._abandon()
 
+    def _crowded(self) -> AbstractSet[str]:
+        """Node pools that enough is waiting for: what is chosen for them now would begin late, and know too little."""
+        configs = [(trial.proposal.candidate.config, trial.state.phase == WAITING_PHASE) for trial in self._trying]
+        held = [config for config, waits in configs if not waits]
+        return crowded_pools(self.plan.problem.node_pools, held, [config for config, waits in configs if waits])
+
     def _reserved(self) -> int:
         """Devices that hold a deployment with a trial: those that only wait for devices have none."""
         return sum(t.proposal.candidate.config.devices for t in self._trying if t.state.phase != WAITING_PHASE)
@@ -255,7 +262,7 @@ class Search:
     def _begin(self, wanted: int) -> None:
         """Ask for candidates and start measuring them."""
         try:
-            proposals = self.study.ask_batch(wanted, warm=self.runner.warm())
+            proposals = self.study.ask_batch(wanted, warm=self.runner.warm(), crowded=self._crowded())
         except SpaceExhausted:
             self._exhausted = True
             return
@@ -332,7 +339,9 @@ class Search:
 
     def _new_thoughts(self) -> Iterator[None]:
         """What to think of while trials run; nothing with one at a time: it may be measured on this very machine."""
-        return self.study.think_ahead(self.runner.warm()) if self.plan.in_flight > 1 else iter(())
+        if self.plan.in_flight == 1:
+            return iter(())
+        return self.study.think_ahead(self.runner.warm(), self._crowded())
 
     def _wait(self) -> None:
         """Until the next poll is due: think ahead, and sleep when there is nothing to think of any more."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -125,3 +127,22 @@ def _found(study: Study, count: int) -> tuple[Proposal, ...]:
         return study.ask_batch(count)
     except SpaceExhausted:
         return ()
+
+
+def test_nothing_is_chosen_for_a_crowded_pool_while_another_has_candidates(tmp_path: Path, storage: Storage) -> None:
+    problem = toy_problem()
+    here = problem.node_pools[0]
+    two = replace(problem, node_pools=(here, replace(here, name="there")))
+    setup = toy_setup(tmp_path, space=small_space(two), predict=biased_model(), budget_trials=40)
+    with create_study(storage, setup) as study:
+        measured(study, 1)  # the default
+        with suppress(SpaceExhausted):
+            while True:
+                for proposal in study.ask_batch(3, crowded={"here"}):
+                    study.tell(proposal, measure(proposal.candidate))
+        chosen = [trial for trial in study.trials() if trial.origin is not Origin.DEFAULT and trial.candidate]
+    pools = [trial.candidate.config.pools[0].node_pool for trial in chosen if trial.candidate]
+    assert set(pools) == {"here", "there"}
+    assert pools == sorted(pools, reverse=True), "all of there first"
+    gains = [trial.expected_gain for trial, pool in zip(chosen, pools, strict=True) if pool == "there"]
+    assert gains == [None] * len(gains), "what was chosen among a part says nothing of the whole"

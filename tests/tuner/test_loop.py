@@ -116,7 +116,7 @@ def test_the_loop_thinks_ahead_only_with_several_trials_in_flight(
     """A single one may be measured on the coordinator's own cores, which must be left alone."""
     thoughts: list[int] = []
 
-    def think_ahead(study: Study, _warm: object) -> Iterator[None]:
+    def think_ahead(study: Study, *_: object) -> Iterator[None]:
         thoughts.append(len(study.trials()))
         yield
 
@@ -154,8 +154,10 @@ def test_all_free_places_are_asked_for_at_once_as_far_as_the_budget_goes(
     asked: list[tuple[int, int]] = []
     ask_batch = Study.ask_batch
 
-    def noted(study: Study, most: int, warm: Sequence[ServingConfig] = ()) -> tuple[Proposal, ...]:
-        found = ask_batch(study, most, warm)
+    def noted(
+        study: Study, most: int, warm: Sequence[ServingConfig] = (), crowded: frozenset[str] = frozenset()
+    ) -> tuple[Proposal, ...]:
+        found = ask_batch(study, most, warm, crowded)
         asked.append((most, len(found)))
         return found
 

@@ -61,7 +61,7 @@ Measured = tuple[Candidate, Mapping[str, float]]
 class Observation:
     """What the raw model said of a candidate, and what was measured; `study` names an earlier study, if it was one.
 
-    `node_types` maps the node pools of that study to device names.
+    `node_types` maps the node pools of that study to device names, and `model` names its model where it was another.
     """
 
     candidate: Candidate
@@ -69,6 +69,7 @@ class Observation:
     metrics: Mapping[str, float]
     study: str = ""
     node_types: Mapping[str, str] = field(default_factory=dict)
+    model: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +229,11 @@ def _features(observations: Sequence[Observation], usual: Mapping[str, float]) -
     """Features of `observations`, study by study."""
     parts = [
         features_of(
-            [o.candidate for o in group], [_doubt(o.prediction, usual) for o in group], group[0].node_types, name
+            [o.candidate for o in group],
+            [_doubt(o.prediction, usual) for o in group],
+            group[0].node_types,
+            name,
+            group[0].model,
         )
         for name, found in groupby(observations, key=attrgetter("study"))
         for group in (list(found),)

@@ -6,6 +6,7 @@ type, precision, ...) in which two candidates differ, d_s and d_l their distance
     k = bias^2                                              what every candidate shares
       + level^2 * rho^m                                     a level per category, alike where most categories agree
       + trend^2 * rho^m * exp(-d_s^2 / 2 l_s^2 - d_l^2 / 2 l_l^2)   smooth in size and load
+      + own^2 * [same configuration]                        what one configuration has to itself, whatever the load
       + noise^2 * [same observation]
 
 each part but the noise times the doubts of both candidates. Without observations the correction is zero and the
@@ -54,17 +55,19 @@ class Features:
     """What the surrogate sees of n candidates.
 
     `categories` (n, c) holds an integer code for each name, `sizes` (n, s) natural logarithms of parallel sizes and
-    numeric options, `loads` (n, l) natural logarithms of the load, in total and per device. `doubt` (n,) multiplies how
+    numeric options, `loads` (n, l) natural logarithms of the load, in total and per device. `configs` (n,) is the same
+    for candidates of the same configuration, on the same kind of node, and for no others. `doubt` (n,) multiplies how
     wrong the model may be: 1 where it predicts as usual, more where it had to guess.
     """
 
+    configs: IntArray
     categories: IntArray
     sizes: FloatArray
     loads: FloatArray
     doubt: FloatArray
 
     def __post_init__(self) -> None:
-        counts = {len(self.categories), len(self.sizes), len(self.loads), len(self.doubt)}
+        counts = {len(getattr(self, item.name)) for item in fields(self)}
         require(len(counts) == 1, f"features have {sorted(counts)} rows; give one row per candidate in each")
         require(bool(np.isfinite(self.sizes).all()), "a size is not finite; encode an absent one as 0")
         require(bool((self.doubt > 0).all()), "doubt must be above 0; it is 1 where the model predicts as usual")
@@ -78,6 +81,7 @@ class Features:
         """The candidates in `rows` (indices or a mask)."""
         index = np.asarray(rows)
         return Features(
+            configs=self.configs[index],
             categories=self.categories[index],
             sizes=self.sizes[index],
             loads=self.loads[index],
@@ -87,6 +91,7 @@ class Features:
     def joined(self, other: Features) -> Features:
         """These candidates, then those of `other`."""
         return Features(
+            configs=np.concatenate([self.configs, other.configs]),
             categories=np.concatenate([self.categories, other.categories]),
             sizes=np.concatenate([self.sizes, other.sizes]),
             loads=np.concatenate([self.loads, other.loads]),
@@ -101,7 +106,8 @@ class Hyperparameters:
     bias: float = 0.2
     level: float = 0.5
     trend: float = 0.5
-    noise: float = 0.08
+    own: float = 0.05
+    noise: float = 0.06
     rho: float = 0.85
     size_scale: float = 3.0
     load_scale: float = 3.0
@@ -142,9 +148,11 @@ class HyperPrior:
 class _Distances:
     """Pairwise facts between two sets of candidates, each (a, b), and the doubts of both, (a,) and (b,).
 
-    `mismatches` are small integers of one byte each: they are read more often than anything else.
+    `mismatches` are small integers of one byte each: they are read more often than anything else. `same` marks pairs of
+    the same configuration.
     """
 
+    same: NDArray[np.bool_]
     mismatches: NDArray[np.uint8]
     size: FloatArray
     load: FloatArray
@@ -158,6 +166,7 @@ def _squared(first: FloatArray, second: FloatArray) -> FloatArray:
 
 def _distances(first: Features, second: Features) -> _Distances:
     return _Distances(
+        same=first.configs[:, None] == second.configs[None, :],
         mismatches=_mismatches(first.categories, second.categories),
         size=_squared(first.sizes, second.sizes),
         load=_squared(first.loads, second.loads),
@@ -177,12 +186,13 @@ def _mismatches(first: IntArray, second: IntArray) -> NDArray[np.uint8]:
     return found
 
 
-def _parts(gap: _Distances, hyper: Hyperparameters) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Bias, level and trend parts of the kernel; the noise is not among them."""
+def _parts(gap: _Distances, hyper: Hyperparameters) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """Bias, level, trend and own parts of the kernel; the noise is not among them."""
     doubt = np.outer(*gap.doubts)
     alike = doubt * _powers(gap, hyper)[gap.mismatches]
     near = np.exp((-0.5 / hyper.size_scale**2) * gap.size - (0.5 / hyper.load_scale**2) * gap.load)
-    return hyper.bias**2 * doubt, hyper.level**2 * alike, hyper.trend**2 * alike * near
+    own = hyper.own**2 * doubt * gap.same
+    return hyper.bias**2 * doubt, hyper.level**2 * alike, hyper.trend**2 * alike * near, own
 
 
 def _powers(gap: _Distances, hyper: Hyperparameters) -> FloatArray:
@@ -204,13 +214,14 @@ def _kernel(gap: _Distances, hyper: Hyperparameters) -> FloatArray:
         block += hyper.level**2
         block *= powers[gap.mismatches[at]]
         block += hyper.bias**2
+        np.add(block, hyper.own**2, out=block, where=gap.same[at])
         block *= gap.doubts[0][at, None]
         block *= gap.doubts[1]
     return kernel
 
 
 def _prior_variance(features: Features, hyper: Hyperparameters) -> FloatArray:
-    return (hyper.bias**2 + hyper.level**2 + hyper.trend**2) * features.doubt**2
+    return (hyper.bias**2 + hyper.level**2 + hyper.trend**2 + hyper.own**2) * features.doubt**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,9 +430,9 @@ def _negative_log_posterior(
 
 def negative_log_likelihood(hyper: Hyperparameters, gap: _Distances, target: FloatArray) -> tuple[float, FloatArray]:
     """Negative log marginal likelihood of `target` and its gradient in the coordinates of `Hyperparameters`."""
-    bias, level, trend = _parts(gap, hyper)
+    bias, level, trend, own = _parts(gap, hyper)
     count = len(target)
-    kernel = bias + level + trend
+    kernel = bias + level + trend + own
     kernel[np.diag_indices(count)] += hyper.noise**2 + _jitter(kernel)
     lower, _ = cho_factor(kernel, lower=True)
     inverse = cho_solve((lower, True), np.eye(count), check_finite=False)
@@ -434,6 +445,7 @@ def negative_log_likelihood(hyper: Hyperparameters, gap: _Distances, target: Flo
             2 * (outer * bias).sum(),
             2 * (outer * level).sum(),
             2 * in_trend.sum(),
+            2 * (outer * own).sum(),
             2 * hyper.noise**2 * np.trace(outer),
             (1 - hyper.rho) * ((outer * level + in_trend) * gap.mismatches).sum(),
             (in_trend * gap.size).sum() / hyper.size_scale**2,

@@ -25,7 +25,7 @@ from studies.records import TrialRecord
 from studies.storage import Storage
 from tuner.devices import load_devices
 from tuner.places import Place
-from tuner.stored import stored_file
+from tuner.stored import find_history, stored_file
 from tuner.study_errors import StudyFileError
 from tuner.study_schema import StudyFile
 from tuner.wiring import make_predictor, make_problem
@@ -67,8 +67,8 @@ def lessons(storage: Storage, place: Place, file: StudyFile, problem: Problem) -
     The nearest come first: those that share both, then those that share the model; of equal ones the latest. Studies
     that began after it are left out, so that a resume learns what the first run did.
     """
-    names = study_names(storage)
-    own = StudyHistory(storage, file.name).started_at if file.name in names else None
+    names, stored = study_names(storage), find_history(storage, file.name)
+    own = stored.started_at if stored else None
     related = [
         found
         for other in names
@@ -120,10 +120,11 @@ def _lesson(found: _Related, problem: Problem) -> Lesson:
     measured = [(t.candidate, t.measurement.metrics.flat()) for t in trials if t.candidate and t.measurement]
     observed = make_predictor(found.problem, found.file).observed(measured[-MOST_TRIALS:], study=found.file.name)
     types = {pool.name: pool.device.name for pool in found.problem.node_pools}
+    model = "" if found.problem.model.name == problem.model.name else found.problem.model.name
     return Lesson(
         study=found.file.name,
         relation=found.relation,
-        observations=tuple(observed),
+        observations=tuple(replace(one, model=model) for one in observed),
         front=tuple(trial.candidate for trial in front(trials, found.history.directions) if trial.candidate),
         ended=_in_terms_of(problem, trials, types) if found.nearness == NEAREST else (),
         node_types=types,

@@ -209,3 +209,18 @@ def test_node_pools_of_one_kind_share_what_is_learnt() -> None:
     other, different = features_of([on("a"), on("b")], [1, 1], {"a": "h100", "b": "a100"}).categories
     assert (one == same).all()
     assert (other != different).sum() == 2, "the slots of both pools"
+
+
+def test_a_configuration_is_the_same_under_every_load_and_on_every_pool_of_its_kind_of_node() -> None:
+    candidates = [at(1), at(8), at(1, tp=2), at(1, kv="q8_0")]
+    one, loaded, larger, other = features_of(candidates, [1.0] * 4).configs
+    assert one == loaded
+    assert len({one, larger, other}) == 3
+    assert (
+        features_of([at(1)], [1.0], {"local": "h100"}, "earlier").configs
+        == features_of([at(8)], [1.0], {"local": "h100"}).configs
+    )
+    assert (
+        features_of([at(1)], [1.0], {"local": "a100"}).configs != features_of([at(1)], [1.0], {"local": "h100"}).configs
+    )
+    assert features_of([at(1)], [1.0], model="another").configs != one

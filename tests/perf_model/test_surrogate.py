@@ -17,6 +17,7 @@ from search_spaces.errors import InvalidValueError
 def make_features(count: int, seed: int = 0, categories: int = 3) -> Features:
     rng = np.random.default_rng(seed)
     return Features(
+        configs=rng.integers(0, max(2, count // 2), count),
         categories=rng.integers(0, 3, (count, categories)),
         sizes=np.log(2.0 ** rng.integers(0, 4, (count, 2))),
         loads=np.log(2.0 ** rng.integers(0, 9, (count, 2))),
@@ -35,10 +36,10 @@ def drawn(features: Features, hyper: Hyperparameters, seed: int = 1) -> np.ndarr
 
 def test_without_observations_there_is_no_correction_and_the_prior_spread() -> None:
     features = make_features(5)
-    hyper = Hyperparameters(bias=0.3, level=0.4, trend=1.2)
+    hyper = Hyperparameters(bias=0.3, level=0.4, trend=1.2, own=0.1)
     found = fit(features.take(np.array([], dtype=int)), [], prior=HyperPrior(centre=hyper)).correct(features)
     assert found.mean == pytest.approx(np.zeros(5))
-    assert found.stddev == pytest.approx(np.full(5, np.sqrt(0.3**2 + 0.4**2 + 1.2**2)))
+    assert found.stddev == pytest.approx(np.full(5, np.sqrt(0.3**2 + 0.4**2 + 1.2**2 + 0.1**2)))
 
 
 def test_mean_and_variance_are_those_of_the_textbook() -> None:
@@ -210,6 +211,7 @@ def test_the_kernel_is_the_sum_of_its_parts_and_solves_agree_with_plain_ones() -
     hyper = Hyperparameters(bias=0.3)
     first, second = (
         Features(
+            configs=rng.integers(0, 30, count),
             categories=rng.integers(0, 3, (count, 4)),
             sizes=rng.normal(size=(count, 3)),
             loads=rng.normal(size=(count, 2)),
@@ -225,6 +227,16 @@ def test_the_kernel_is_the_sum_of_its_parts_and_solves_agree_with_plain_ones() -
     alike = np.array([[hyper.rho ** (a != b).sum() for b in second.categories] for a in first.categories])
     gaps = [((a[:, None] - b[None]) ** 2).sum(2) for a, b in ((first.sizes, second.sizes), (first.loads, second.loads))]
     near = np.exp(-0.5 * gaps[0] / hyper.size_scale**2 - 0.5 * gaps[1] / hyper.load_scale**2)
-    expected = hyper.bias**2 + alike * (hyper.level**2 + hyper.trend**2 * near)
+    same = first.configs[:, None] == second.configs[None]
+    assert same.any()
+    expected = hyper.bias**2 + alike * (hyper.level**2 + hyper.trend**2 * near) + hyper.own**2 * same
     found = condition(first, np.zeros(40), hyper).covariance(first, second)
     np.testing.assert_allclose(found, expected * np.outer(first.doubt, second.doubt), rtol=1e-9)
+
+
+def test_what_a_configuration_has_to_itself_is_known_under_other_loads_and_of_no_other_configuration() -> None:
+    features, hyper = make_features(3), Hyperparameters(bias=1e-6, level=1e-6, trend=1e-6, own=0.2, noise=1e-3)
+    features = replace(features, configs=np.array([7, 7, 8]))
+    found = condition(features.take([0]), [0.3], hyper).correct(features)
+    assert found.mean == pytest.approx([0.3, 0.3, 0.0], abs=1e-3)
+    assert found.stddev == pytest.approx([0.0, 0.0, 0.2], abs=2e-3)

@@ -91,10 +91,10 @@ class ScreenedBreeding:
         self, study: optuna.Study, search_space: dict[str, BaseDistribution], parents: list[FrozenTrial]
     ) -> dict[str, Any]:
         """Parameters of a child for Optuna."""
+        self._last = (study, search_space, parents)
         request = self._request
         if request is None:
             return {}
-        self._last = (study, search_space, parents)
         self._choices = self._screen.choose(self.children(request), request)
         genotype = self._space.encode(self._choices[0].candidate)
         return {name: value for name, value in genotype.items() if name in search_space}

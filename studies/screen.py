@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
@@ -93,6 +93,14 @@ class Handed:
     suspected: Suspicions = field(default_factory=dict)
 
 
+@dataclass
+class _Seen:
+    """What was looked at for a proposal: what can run, and what cannot with the reason."""
+
+    options: list[Option] = field(default_factory=list)
+    turned_down: list[tuple[Candidate, str]] = field(default_factory=list)
+
+
 class Screen:
     """Chooses candidates with a model; without one, the first that is new and can run."""
 
@@ -153,8 +161,21 @@ class Screen:
 
         There are `request.count` of them, or fewer at the end of the space; raises `SpaceExhausted` for none.
         """
+        steps = self.choosing(suggested, request)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as ended:
+                chosen: list[Choice] = ended.value
+                return chosen
+
+    def choosing(
+        self, suggested: Sequence[Candidate], request: Request, at_once: int | None = None
+    ) -> Generator[None, None, list[Choice]]:
+        """`choose` in steps: `at_once` candidates are predicted in each, some tens of milliseconds."""
         screened = 0 if self._predict is None else request.unscreened.count(False)
-        found = self._screened(suggested, replace(request, count=screened)) if screened else []
+        one = replace(request, count=screened)
+        found = (yield from self._screened(suggested, one, at_once)) if screened else []
         choices: list[Choice] = []
         for index, unscreened in enumerate(request.unscreened):
             if found and not unscreened:
@@ -170,21 +191,38 @@ class Screen:
             raise SpaceExhausted("every candidate of the space has been tried or cannot run")
         return choices
 
-    def _screened(self, suggested: Sequence[Candidate], request: Request) -> list[Choice]:
-        """What the model chooses: of `suggested`, and of those that the screen itself thinks of.
+    def _screened(
+        self, suggested: Sequence[Candidate], request: Request, at_once: int | None
+    ) -> Generator[None, None, list[Choice]]:
+        """What the model chooses among all that was looked at; where nothing has room, among what has none."""
+        appraiser = self._appraiser(request)
+        seen = yield from self._look(appraiser, suggested, request, at_once)
+        self._note(seen, request)
+        if seen.options:
+            yield
+            return self._decide(seen.options, appraiser.appraise(seen.options, request.count), request)
+        if request.crowded:
+            return (yield from self._screened(suggested, replace(request, crowded=frozenset()), at_once))
+        return []
+
+    def _look(
+        self, appraiser: Appraiser, suggested: Sequence[Candidate], request: Request, at_once: int | None
+    ) -> Generator[None, None, _Seen]:
+        """Predictions of `suggested` and of those that the screen itself thinks of.
 
         Those are hints, warm deployments under other loads, neighbours of the front, a random sample, and neighbours
         of what the model likes best of all these.
         """
-        appraiser = self._appraiser(request)
-        options = self._options(self._fresh(self._pool(suggested, request), request), request)
-        if not options:
-            return self._screened(suggested, replace(request, crowded=frozenset())) if request.crowded else []
-        best = appraiser.appraise(options).order[:REFINED]
-        near = [other for index in best for other in self._neighbours(options[index].candidate)]
-        known = {option.key for option in options}
-        options += self._options(self._fresh(near, request, known), request)
-        return self._decide(options, appraiser.appraise(options, request.count), request)
+        seen = _Seen()
+        yield from self._predict_into(
+            seen, self._fresh(self._pool(suggested, request), request, seen), at_once, request
+        )
+        if seen.options:
+            best = appraiser.appraise(seen.options).order[:REFINED]
+            yield
+            near = [other for index in best for other in self._neighbours(seen.options[index].candidate)]
+            yield from self._predict_into(seen, self._fresh(near, request, seen), at_once, request)
+        return seen
 
     def _appraiser(self, request: Request) -> Appraiser:
         seed = self.numpy_seed(request.number)
@@ -199,32 +237,8 @@ class Screen:
 
         What differs in `choose` are the trials told meanwhile: most of the candidates are the same.
         """
-        if self._predict is None or all(request.unscreened):
-            return
-        options: list[Option] = []
-        yield from self._think_of(self._pool(suggested, request), request, options)
-        if options:
-            best = self._appraiser(request).appraise(options).order[:REFINED]
-            yield
-            near = [other for index in best for other in self._neighbours(options[index].candidate)]
-            yield from self._think_of(near, request, [])
-
-    def _think_of(self, pool: Sequence[Candidate], request: Request, options: list[Option]) -> Iterator[None]:
-        """Predict those of `pool` that may be proposed; what can run is added to `options`."""
-        distinct = dict.fromkeys(pool)
-        able = [
-            candidate
-            for candidate in distinct
-            if request.has_room_for(candidate.config)
-            and candidate.key not in request.tried
-            and infeasibility(candidate, self._problem) is None
-        ]
-        for first in range(0, len(able), THOUGHT_AT_ONCE):
-            part = able[first : first + THOUGHT_AT_ONCE]
-            for candidate, prediction in zip(part, self._predict(part) if self._predict else (), strict=True):
-                if prediction.infeasible is None:
-                    options.append(Option(candidate=candidate, key=candidate.key, prediction=prediction))
-            yield
+        if self._predict is not None and not all(request.unscreened):
+            yield from self._look(self._appraiser(request), suggested, request, THOUGHT_AT_ONCE)
 
     def _decide(self, options: Sequence[Option], worth: Worth, request: Request) -> list[Choice]:
         """What `worth` chose; the others are written down."""
@@ -252,9 +266,11 @@ class Screen:
     def _unscreened(self, suggested: Sequence[Candidate], request: Request) -> Choice:
         """The first new candidate that failures do not speak against, whatever the model says; else any untried one."""
         appraiser = self._appraiser(request)
-        pool = self._holding(self._fresh(suggested, request), appraiser)
-        pool = pool or self._holding(self._fresh(self._sample(request), request), appraiser)
-        pool = pool or self._fresh(self._sample(request), replace(request, crowded=frozenset()))
+        seen = _Seen()
+        pool = self._holding(self._fresh(suggested, request, seen), appraiser)
+        pool = pool or self._holding(self._fresh(self._sample(request), request, seen), appraiser)
+        pool = pool or self._fresh(self._sample(request), replace(request, crowded=frozenset()), seen)
+        self._note(seen, request)
         found = next(iter(pool.items()), None) or self._next_untried(request.tried)
         if found is None:
             raise SpaceExhausted("every candidate of the space has been tried or cannot run")
@@ -293,10 +309,9 @@ class Screen:
         up = [known[config] for config in request.warm if config in known]
         return [other for candidate in up for other in (candidate, *self._space.same_config(candidate))]
 
-    def _fresh(
-        self, candidates: Sequence[Candidate], request: Request, known: AbstractSet[str] = frozenset()
-    ) -> dict[str, Candidate]:
-        """The distinct `candidates` by key that have room, are not `known`, were not tried and that no rule forbids."""
+    def _fresh(self, candidates: Sequence[Candidate], request: Request, seen: _Seen) -> dict[str, Candidate]:
+        """The distinct `candidates` by key that have room, were not `seen` or tried and that no rule forbids."""
+        known = {option.key for option in seen.options}
         fresh: dict[str, Candidate] = {}
         for candidate in dict.fromkeys(candidates):
             key = candidate.key
@@ -306,27 +321,32 @@ class Screen:
             if reason is None:
                 fresh[key] = candidate
             else:
-                self._turn_down(request, candidate, key, f"infeasible: {reason}")
+                seen.turned_down.append((candidate, f"infeasible: {reason}"))
         return fresh
 
-    def _options(self, fresh: dict[str, Candidate], request: Request) -> list[Option]:
-        """Those of `fresh` that the model expects to run."""
-        if not fresh or self._predict is None:
-            return []
-        predictions = self._predict(list(fresh.values()))
-        require(len(predictions) == len(fresh), f"the model gave {len(predictions)} predictions for {len(fresh)}")
-        options = []
-        for (key, candidate), prediction in zip(fresh.items(), predictions, strict=True):
-            if prediction.infeasible is None:
-                is_warm = candidate.config in request.warm
-                options.append(Option(candidate=candidate, key=key, prediction=prediction, is_warm=is_warm))
-            else:
-                self._turn_down(request, candidate, key, f"predicted: {prediction.infeasible}")
-        return options
+    def _predict_into(
+        self, seen: _Seen, fresh: dict[str, Candidate], at_once: int | None, request: Request
+    ) -> Generator[None, None, None]:
+        """Those of `fresh` that the model expects to run become options."""
+        candidates = list(fresh.values())
+        for first in range(0, len(candidates), at_once or max(1, len(candidates))):
+            part = candidates[first : first + (at_once or len(candidates))]
+            predictions = self._predict(part) if self._predict else []
+            require(len(predictions) == len(part), f"the model gave {len(predictions)} predictions for {len(part)}")
+            for candidate, said in zip(part, predictions, strict=True):
+                if said.infeasible is None:
+                    is_warm = candidate.config in request.warm
+                    option = Option(candidate=candidate, key=candidate.key, prediction=said, is_warm=is_warm)
+                    seen.options.append(option)
+                else:
+                    seen.turned_down.append((candidate, f"predicted: {said.infeasible}"))
+            yield
 
-    def _turn_down(self, request: Request, candidate: Candidate, key: str, reason: str) -> None:
-        if not self._log.is_known(key, reason):
-            self._log.add(self._rejected(request, candidate, key, reason))
+    def _note(self, seen: _Seen, request: Request) -> None:
+        """Write down what cannot run."""
+        for candidate, reason in seen.turned_down:
+            if not self._log.is_known(candidate.key, reason):
+                self._log.add(self._rejected(request, candidate, candidate.key, reason))
 
     def _rejected(self, request: Request, candidate: Candidate, key: str, reason: str) -> Rejected:
         genotype = self._space.encode(candidate)

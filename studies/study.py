@@ -91,7 +91,8 @@ from studies.samplers import (
     require_sampler,
     suggestions,
 )
-from studies.screen import Choice, Handed, Predict, Request, Screen
+from studies.screen import THOUGHT_AT_ONCE, Choice, Handed, Predict, Request, Screen
+from studies.stock import Choosing, Stock
 from studies.stopping import Progress, progress_of
 from studies.storage import Storage
 from studies.trial_writer import TrialWriter
@@ -225,6 +226,7 @@ class Study:
         )
         if setup.devices and setup.devices != self.history.node_devices:
             self._writer.note_study(NODE_DEVICES, to_json(setup.devices))
+        self._stock = Stock(setup.in_flight)
         self._used_before = self.history.device_use
         self._mirror = Mirror(storage.backend, study_id, seen=self._generations.add)
         self._enqueue_first()
@@ -356,9 +358,10 @@ class Study:
 
     def _propose(self, request: Request) -> list[Proposal]:
         self._screen.require_untried(request.tried, request.number)
-        is_nsga2 = self.setup.sampler is SamplerKind.NSGA2
-        generation, bred = self._generations.next(request if is_nsga2 else None)
-        plans = [_plan(choice) for choice in bred or self._screen.choose(self._suggested(request), request)]
+        choices = self._stock.take(request)
+        asked = request if self.setup.sampler is SamplerKind.NSGA2 and not choices else None
+        generation, bred = self._generations.next(asked)
+        plans = [_plan(choice) for choice in choices or bred or self._screen.choose(self._suggested(request), request)]
         begun = [_proposal(self._writer.begin(plan, generation), plan) for plan in plans]
         self._mirror.read_new()
         return begun
@@ -374,14 +377,26 @@ class Study:
     ) -> Iterator[None]:
         """Let the model predict what the next `ask` will want to know, a few candidates at each step.
 
-        Nothing is written, and `ask` answers the same without it, only later. Begin anew after each ask and tell.
+        Nothing is written, and `ask` answers the same without it, only later. Begin anew after each ask and tell. With
+        very many trials in flight the next candidates are chosen right away, and what was begun goes on.
         """
         if any(trial.status is TrialStatus.WAITING for trial in self._mirror.records):
             return
+        if self._stock.size:
+            while self._stock.step(lambda: self._choosing(self._stock.beside(self._request(warm, crowded)))):
+                yield
+            return
         request = self._request(warm, crowded)
-        bred = self._breeding.children(request) if self.setup.sampler is SamplerKind.NSGA2 else []
+        bred = self._bred(request)
         yield
         yield from self._screen.think(bred, request)
+
+    def _choosing(self, request: Request) -> Choosing:
+        return self._screen.choosing(self._suggested(request) or self._bred(request), request, THOUGHT_AT_ONCE)
+
+    def _bred(self, request: Request) -> list[Candidate]:
+        """Children as NSGA-II would breed them now; none of another sampler."""
+        return self._breeding.children(request) if self.setup.sampler is SamplerKind.NSGA2 else []
 
     def ask_repeat(self, warm: Sequence[ServingConfig] = ()) -> Proposal | None:
         """The next run of what was measured before: a control that is due, then members of the front that lack runs.

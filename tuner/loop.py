@@ -27,6 +27,7 @@ from studies.errors import SpaceExhausted
 from studies.records import Proposal, TrialRecord, TrialStatus
 from studies.repeats import confirmation_s
 from studies.spending import Spent, spent
+from studies.stock import SHARE
 from studies.stopping import Budget, Progress, StopReason, over_budget, stop_reason
 from studies.study import Study
 from tuner.observer import RECENT_TRIALS, Observer, Snapshot, Trying
@@ -58,14 +59,16 @@ class LearningModel:
     def __init__(self, predictor: CalibratedPredictor) -> None:
         self._learned = predictor
         self._believing: CalibratedPredictor | None = predictor
-        self._open: tuple[Candidate, ...] = ()
+        self._open: dict[int, Candidate] = {}
+        self._believed: frozenset[int] = frozenset()
         self._known: frozenset[int] = frozenset()
 
     @property
     def _predictor(self) -> CalibratedPredictor:
         """As corrected so far, with what is open believed: made when it is asked for, not at every change."""
         if self._believing is None:
-            self._believing = self._learned.believing(self._open)
+            self._believing = self._learned.believing(tuple(self._open.values()))
+            self._believed = frozenset(self._open)
         return self._believing
 
     def predict(self, candidates: Sequence[Candidate]) -> list[Prediction]:
@@ -79,20 +82,24 @@ class LearningModel:
     def learn(self, trials: Sequence[TrialRecord]) -> None:
         """Calibrate anew on the measured `trials`, and believe what is predicted of those being measured."""
         measured = {trial.number for trial in trials if trial.measurement}
-        is_behind = len(measured - self._known) > len(self._known) // LEARNT_ANEW
+        is_behind = len(measured - self._known) > max(len(self._known) // LEARNT_ANEW, len(self._open) // SHARE)
         if not self._known or is_behind or not self._known <= measured:  # earlier studies teach before the first trial
             ended = sorted((t for t in trials if t.measurement), key=_end_s)
             known = [
                 (t.candidate, t.measurement.metrics.flat()) for t in sampled(ended) if t.candidate and t.measurement
             ]
             self._learned = self._learned.learned(known)
-            self._known = frozenset(measured)
+            self._known, self._believing = frozenset(measured), None
         self.believe(trials)
 
     def believe(self, trials: Sequence[TrialRecord]) -> None:
-        """Take what is being measured among `trials` for measured as predicted, so that nothing alike is asked."""
-        self._open = tuple(t.candidate for t in trials if t.candidate and self._is_open(t))
-        self._believing = None
+        """Take what is being measured among `trials` for measured as predicted, so that nothing alike is asked.
+
+        Where very many are, a few that began or ended make no difference.
+        """
+        self._open = {t.number: t.candidate for t in trials if t.candidate and self._is_open(t)}
+        if len(self._open.keys() ^ self._believed) > len(self._open) // SHARE:
+            self._believing = None
 
     def _is_open(self, trial: TrialRecord) -> bool:
         is_new = trial.measurement is not None and trial.number not in self._known

@@ -20,6 +20,10 @@ class StudyFormatError(StorageError):
     """A stored study or trial cannot be read: another schema version, or a damaged attribute."""
 
 
+class StudyHalfMadeError(StudyFormatError):
+    """A study has a name and nothing else: its coordinator is making it, or died when it was."""
+
+
 class StudyNotFoundError(TunerError):
     """The storage holds no study of that name."""
 

@@ -13,7 +13,7 @@ from search_spaces.hardware import Device
 from search_spaces.metrics import Direction
 from studies.codec import Json, from_json
 from studies.device_use import DeviceUse
-from studies.errors import StudyFormatError, StudyNotFoundError
+from studies.errors import StudyFormatError, StudyHalfMadeError, StudyNotFoundError
 from studies.records import SCHEMA, TrialRecord, decode_trial
 from studies.storage import Storage
 
@@ -41,13 +41,21 @@ class StudySummary:
 
 
 class StudyHistory:
-    """Reads one study. Raises `StudyNotFoundError`, or `StudyFormatError` for one that tuner did not write."""
+    """Reads one study.
+
+    Raises `StudyNotFoundError`, `StudyHalfMadeError`, or `StudyFormatError` for one that tuner did not write.
+    """
 
     def __init__(self, storage: Storage, name: str) -> None:
         self.name = name
         self.storage = storage
         self._study = load_optuna_study(storage, name)
         version = self._study.user_attrs.get(STUDY_SCHEMA)
+        if version is None and not self._study.get_trials(deepcopy=False):
+            raise StudyHalfMadeError(
+                f"study {name!r} has schema None and no trials: it is being made, or another program's; look again "
+                "in a moment, or run it again"
+            )
         if version != SCHEMA:
             raise StudyFormatError(
                 f"study {name!r} has schema {version}, this version of tuner reads {SCHEMA}; "

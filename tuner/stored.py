@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from studies.errors import StudyHalfMadeError
 from studies.history import StudyHistory, study_names
 from studies.stopping import progress_of
 from studies.storage import Storage, open_storage
@@ -16,8 +17,11 @@ from tuner.wording import repeats_text
 
 
 def find_history(storage: Storage, name: str) -> StudyHistory | None:
-    """The stored study called `name`, None where there is none."""
-    return StudyHistory(storage, name) if name in study_names(storage) else None
+    """The stored study called `name`; None where there is none, or only its name yet."""
+    try:
+        return StudyHistory(storage, name) if name in study_names(storage) else None
+    except StudyHalfMadeError:
+        return None
 
 
 def history_of(place: Place, name: str) -> StudyHistory:

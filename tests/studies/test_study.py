@@ -19,7 +19,8 @@ from search_spaces.errors import TunerError
 from search_spaces.metrics import Percentiles
 from search_spaces.outcome import Failure, FailureReason, Prediction
 from search_spaces.serving import Candidate, Mode
-from studies.errors import StudyBusyError, StudyExistsError, StudyNotFoundError
+from studies.errors import StudyBusyError, StudyExistsError, StudyHalfMadeError, StudyNotFoundError
+from studies.history import StudyHistory
 from studies.pareto import hypervolume, points_of
 from studies.records import Origin, Proposal, TrialRecord, TrialStatus
 from studies.samplers import SamplerKind, population_size, suggestions
@@ -210,6 +211,18 @@ def test_names_are_taken_once_and_must_exist(tmp_path: Path, storage: Storage) -
         create_study(storage, toy_setup(tmp_path))
     with pytest.raises(StudyNotFoundError, match="it has: toy"):
         open_study(storage, toy_setup(tmp_path, name="other"))
+
+
+def test_a_study_whose_maker_died_before_it_was_whole_is_made_again(tmp_path: Path, storage: Storage) -> None:
+    for name, directions in (("toy", ["maximize", "minimize"]), ("theirs", ["minimize"])):
+        optuna.create_study(study_name=name, storage=storage.backend, directions=directions)
+        with pytest.raises(StudyHalfMadeError, match="it is being made, or another program's"):
+            StudyHistory(storage, name)
+    study = create_study(storage, toy_setup(tmp_path))
+    assert study.ask().origin is Origin.DEFAULT
+    study.close()
+    with pytest.raises(StudyExistsError, match="choose another name"):
+        create_study(storage, toy_setup(tmp_path, name="theirs"))
 
 
 def test_a_second_live_coordinator_is_refused_and_a_dead_one_is_not(tmp_path: Path, storage: Storage) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import optuna
 import pytest
 
 import tuner.wiring
@@ -160,6 +161,15 @@ def test_a_finished_study(invoke: Invoke) -> None:
     assert invoke("study", "logs", "toy", "--tail", "0").out == ""
     stopped = invoke("study", "stop", "toy")
     assert (stopped.code, "nobody runs study 'toy'" in stopped.err) == (2, True)
+
+
+def test_a_study_that_is_only_being_made_is_told_of_and_made(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "tuner-data").mkdir()
+    storage = open_storage(f"sqlite:///{tmp_path}/tuner-data/studies.db")
+    optuna.create_study(study_name="toy", storage=storage.backend, directions=["maximize", "minimize"])
+    assert json.loads(invoke("study", "status", "toy", "--json").out)["trials"]["finished"] == 0
+    assert invoke("study", "run", "study.yaml", "--set", "budget.trials=1").code == 0
+    assert json.loads(invoke("study", "status", "toy", "--json").out)["trials"]["finished"] == 1
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "stop"])

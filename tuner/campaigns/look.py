@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 from search_spaces.problem import Problem
-from studies.errors import StudyNotFoundError
+from studies.errors import StudyHalfMadeError, StudyNotFoundError
 from studies.history import StudyHistory, study_names
 from studies.records import TrialRecord
 from studies.spending import Spent
@@ -147,7 +147,7 @@ class Looker:
         there = study_names(self.storage) if missing else ()
         for study in missing:
             if study in there:
-                with suppress(StudyNotFoundError):  # its coordinator is about to make it
+                with suppress(StudyNotFoundError, StudyHalfMadeError):  # its coordinator is about to make it
                     self._histories[study] = StudyHistory(self.storage, study)
 
 

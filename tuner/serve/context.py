@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ConfigDict
 
+from studies.errors import StudyHalfMadeError
 from studies.history import StudyHistory, study_names
 from studies.storage import Storage, faults_told
 from tuner import report
@@ -46,8 +47,11 @@ class Service:
         return known
 
     def find_history(self, name: str) -> StudyHistory | None:
-        """The stored study called `name`, None where there is none."""
-        return self.history(name) if name in study_names(self.storage) else None
+        """The stored study called `name`; None where there is none, or only its name yet."""
+        try:
+            return self.history(name) if name in study_names(self.storage) else None
+        except StudyHalfMadeError:
+            return None
 
 
 class Body(BaseModel):

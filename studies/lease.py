@@ -31,7 +31,7 @@ from typing import Self
 from search_spaces.errors import require
 from studies.coordinator import Coordinator, this_coordinator
 from studies.errors import LeaseLostError, StorageError, StudyBusyError, StudyNotFoundError
-from studies.lease_record import LeaseBook, LeaseRecord, Seen, StopOrder
+from studies.lease_record import Event, LeaseBook, LeaseRecord, Seen, StopOrder
 from studies.redaction import redacted
 from studies.storage import Storage, open_lease_book
 
@@ -108,6 +108,15 @@ def read_lease(storage: Storage, study: str) -> Seen:
     book = open_lease_book(storage)
     try:
         return book.read(study)
+    finally:
+        book.close()
+
+
+def read_events(storage: Storage, study: str, after: int = 0) -> list[Event]:
+    """Lines of the log of `study` behind number `after`."""
+    book = open_lease_book(storage)
+    try:
+        return book.events(study, after)
     finally:
         book.close()
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sys
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,16 +13,30 @@ import typer
 from search_spaces.errors import TunerError
 
 if TYPE_CHECKING:
-    from cluster.ray_detached import DetachedProgram, Program, ProgramState
+    from collections.abc import Sequence
+
+    from studies.coordinator import Coordinator
     from studies.lease_record import Event
     from studies.storage import Storage
     from tuner.places import Place
     from tuner.study_schema import StudyFile
 
 FOLLOW_S = 1.0
-BEGIN_LIMIT_S = 180.0
-LEASE_WAIT_S = 180.0
-"""How long a coordinator that was restarted waits for the lease of the one before, which may have died elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a coordinator runs, as commands name it: `kind` is study or campaign; `lease` is the name of its lease."""
+
+    kind: str
+    name: str
+    lease: str
+
+    @classmethod
+    def study(cls, name: str) -> Job:
+        """A study has the lease of its name."""
+        return cls(kind="study", name=name, lease=name)
+
 
 StorageOption = Annotated[
     str | None, typer.Option("--storage", help="Storage URL; TUNER_STORAGE or ./tuner-data by default.")
@@ -67,28 +80,12 @@ def logs(
     tail: Annotated[int | None, typer.Option("--tail", min=0, help="Only the last lines.")] = None,
 ) -> None:
     """Print what the coordinators of a study have written."""
-    from studies.lease import is_free, read_lease
-    from studies.storage import open_lease_book, open_storage
+    from studies.storage import open_storage
     from tuner.places import existing_place
 
     opened = open_storage(existing_place(storage).url)
     require_known(opened, name)
-    book = open_lease_book(opened)
-    events = book.events(name)
-    _print_events(events if tail is None else events[len(events) - min(tail, len(events)) :])
-    try:
-        while follow:
-            ended = is_free(read_lease(opened, name))
-            new = book.events(name, after=events[-1].number if events else 0)
-            _print_events(new)
-            events = new or events
-            if ended:
-                return
-            time.sleep(FOLLOW_S)
-    except KeyboardInterrupt:
-        return
-    finally:
-        book.close()
+    print_log(opened, Job.study(name), follow=follow, tail=tail)
 
 
 def stop(
@@ -97,25 +94,12 @@ def stop(
     wait_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for the end; 0 not to wait.")] = 120.0,
 ) -> None:
     """Order the coordinator of a study to stop, wherever it runs; what it has measured stays, and a resume goes on."""
-    from studies.lease import is_free, order_stop, read_lease
     from studies.storage import open_storage
     from tuner.places import existing_place
 
     opened = open_storage(existing_place(storage).url)
     require_known(opened, name)
-    record = order_stop(opened, name)
-    print(f"Ordered {record.holder} to stop study {name}.")
-    deadline = time.monotonic() + wait_s
-    while time.monotonic() < deadline:
-        if is_free(read_lease(opened, name)):
-            print(f"Stopped. Go on with: tuner study resume {name}")
-            return
-        time.sleep(min(FOLLOW_S, wait_s))
-    if wait_s:
-        raise TunerError(
-            f"{record.holder} has not stopped study {name!r} within {wait_s:g} s; "
-            f"look at it with: tuner study status {name}"
-        )
+    stop_and_wait(opened, Job.study(name), wait_s)
 
 
 def require_known(storage: Storage, name: str) -> None:
@@ -127,10 +111,64 @@ def require_known(storage: Storage, name: str) -> None:
         load_optuna_study(storage, name)
 
 
-def _print_events(events: list[Event]) -> None:
+def print_log(storage: Storage, job: Job, *, follow: bool, tail: int | None) -> None:
+    """Print what those who ran `job` have written, or the `tail` of it; with `follow` until nobody runs it any more."""
+    from studies.lease import is_free, read_events, read_lease
+
+    events = read_events(storage, job.lease)
+    _print_events(events if tail is None else events[len(events) - min(tail, len(events)) :])
+    try:
+        while follow:
+            ended = is_free(
+                read_lease(storage, job.lease)
+            )  # looked for before the lines, so that the last are not missed
+            new = read_events(storage, job.lease, after=events[-1].number if events else 0)
+            _print_events(new)
+            events = new or events
+            if ended:
+                return
+            time.sleep(FOLLOW_S)
+    except KeyboardInterrupt:
+        return
+
+
+def _print_events(events: Sequence[Event]) -> None:
     for event in events:
         stamp = datetime.fromtimestamp(event.at_s, UTC).astimezone()
         print(f"{stamp:%Y-%m-%d %H:%M:%S} {event.text}", flush=True)
+
+
+def stop_and_wait(storage: Storage, job: Job, wait_s: float) -> None:
+    """Order whoever runs `job` to stop, and wait until nobody does.
+
+    Raises `StudyNotFoundError` where nobody runs it, and `TunerError` where it goes on after `wait_s` (0: it is not
+    waited for).
+    """
+    from studies.lease import is_free, read_lease
+
+    holder = _ordered_to_stop(storage, job)
+    print(f"Ordered {holder} to stop {job.kind} {job.name}.")
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline:
+        if is_free(read_lease(storage, job.lease)):
+            print(f"Stopped. Go on with: tuner {job.kind} resume {job.name}")
+            return
+        time.sleep(min(FOLLOW_S, wait_s))
+    if wait_s:
+        raise TunerError(
+            f"{holder} has not stopped {job.kind} {job.name!r} within {wait_s:g} s; "
+            f"look at it with: tuner {job.kind} status {job.name}"
+        )
+
+
+def _ordered_to_stop(storage: Storage, job: Job) -> Coordinator | None:
+    from studies.errors import StudyNotFoundError
+    from studies.lease import order_stop
+
+    try:
+        return order_stop(storage, job.lease).holder
+    except StudyNotFoundError as error:
+        raise StudyNotFoundError(f"nobody runs {job.kind} {job.name!r}; there is nothing to stop") from error
 
 
 def detach(file: StudyFile, place: Place, address: str | None) -> None:
@@ -138,78 +176,21 @@ def detach(file: StudyFile, place: Place, address: str | None) -> None:
 
     Raises `StudyBusyError` where it is run already, and `TunerError` where it does not begin.
     """
-    from cluster.ray_session import connect
     from studies.lease import require_free
     from studies.storage import open_storage
+    from tuner import detached
     from tuner.session import check_space
+    from tuner.study_file import dump_study
 
-    if address is None:
-        raise TunerError(
-            "--detach needs a Ray cluster that goes on when this command ends; give its address with --address or "
-            "RAY_ADDRESS (auto for the one that runs on this machine)"
-        )
+    there = detached.require_address(address)
     storage = open_storage(place.url)
     require_free(storage, file.name)
     problem, _ = check_space(file)
-    with connect(address, problem.node_pools) as cluster:
-        from cluster.ray_detached import start_detached
-
-        program = start_detached(_program(file, place, cluster.address), on_this_node=place.file is not None)
-        print("Waiting for the coordinator ...", file=sys.stderr)
-        state = _wait_until_begun(program, storage, file.name)
-    _say_detached(file, place, state)
-
-
-def _program(file: StudyFile, place: Place, address: str) -> Program:
-    from cluster.ray_detached import Program
-    from tuner.places import DATA_VARIABLE, STORAGE_VARIABLE
-    from tuner.session import LEASE_EXPIRY_VARIABLE, LEASE_WAIT_VARIABLE, lease_times
-    from tuner.study_file import dump_study
-
-    base = place.coordinator(file.name)
-    study_file = str(base.with_suffix(".yaml"))
-    mark = hashlib.sha256(place.absolute_url.encode()).hexdigest()[:8]
-    return Program(
-        name=f"coordinator of {file.name} ({mark})",
-        arguments=("-m", "tuner.cli", "study", "run", study_file, "--address", address, "--no-progress"),
-        log=str(base.with_suffix(".log")),
+    study_file = str(place.coordinator(file.name).with_suffix(".yaml"))
+    task = detached.Task(
+        job=Job.study(file.name),
+        arguments=("study", "run", study_file),
+        node_pools=(problem.node_pools,),
         files={study_file: dump_study(file)},
-        environment={
-            STORAGE_VARIABLE: place.absolute_url,
-            DATA_VARIABLE: str(place.directory),
-            LEASE_EXPIRY_VARIABLE: f"{lease_times().expiry_s:g}",
-            LEASE_WAIT_VARIABLE: f"{LEASE_WAIT_S:g}",
-        },
     )
-
-
-def _wait_until_begun(program: DetachedProgram, storage: Storage, study: str) -> ProgramState:
-    """The program's state once it holds the study's lease, or has ended well before it was seen to."""
-    from studies.lease import is_free, read_lease
-    from studies.redaction import redacted
-
-    deadline = time.monotonic() + BEGIN_LIMIT_S
-    while time.monotonic() < deadline:
-        state = program.state()
-        if state is None or state.exit_code not in (None, 0):
-            tail = redacted(state.tail) if state else "its actor is gone; look at the cluster's nodes"
-            raise TunerError(f"the coordinator of study {study!r} ended at once:\n{tail}")
-        if state.exit_code == 0 or not is_free(read_lease(storage, study)):
-            return state
-        time.sleep(FOLLOW_S)
-    raise TunerError(
-        f"the coordinator of study {study!r} did not begin within {BEGIN_LIMIT_S:g} s; look at its cluster"
-    )
-
-
-def _say_detached(file: StudyFile, place: Place, state: ProgramState) -> None:
-    name = file.name
-    begun = "has ended" if state.exit_code == 0 else "runs"
-    print(
-        f"Study {name} {begun} detached: process {state.pid} on host {state.host}.\n"
-        f"  its files         {place.directory} on that host\n"
-        f"  how it stands     tuner study status {name}\n"
-        f"  what it does      tuner study logs {name} -f\n"
-        f"  end it            tuner study stop {name}\n"
-        "From any machine with the storage (TUNER_STORAGE or --storage)."
-    )
+    detached.detach(task, place, storage, there)

@@ -28,8 +28,11 @@ class RayHead:
 
 
 @contextmanager
-def ray_head(folder: Path, token: str, cpus: int = 4) -> Iterator[RayHead]:
-    """A running head node; everything in it ends with the block. `folder` has a short path: Ray makes sockets there."""
+def ray_head(folder: Path, token: str, cpus: int = 4, **more: object) -> Iterator[RayHead]:
+    """A running head node; everything in it ends with the block. `folder` has a short path: Ray makes sockets there.
+
+    `more` are options of `ray start`, with `_` for `-`.
+    """
     port = free_port()
     clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment = {**clean, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "PYTHONPATH": str(Path.cwd())}
@@ -39,12 +42,14 @@ def ray_head(folder: Path, token: str, cpus: int = 4) -> Iterator[RayHead]:
         "--num-cpus": cpus,
         "--temp-dir": folder,
         "--include-dashboard": "false",
+        **{f"--{key.replace('_', '-')}": value for key, value in more.items()},
     }
     argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     log = (folder / "head.log").open("wb")
+    hasty = environment | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # Ray's 30 s are for services with users
     with log:
         process = subprocess.Popen(
-            [*argv, *(f"{key}={value}" for key, value in options.items())], stdout=log, stderr=log, env=environment
+            [*argv, *(f"{key}={value}" for key, value in options.items())], stdout=log, stderr=log, env=hasty
         )
     try:
         _wait_until_listening(port, process, folder / "head.log")

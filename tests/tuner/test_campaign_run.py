@@ -13,6 +13,7 @@ from studies.history import StudyHistory
 from studies.lease import take_lease
 from studies.storage import open_storage
 from tests.support.commands import Invoke, commands_in, stored_rows
+from tuner.campaigns import start
 
 URL = "sqlite:///tuner-data/studies.db"
 CAMPAIGN = """
@@ -115,3 +116,40 @@ def test_of_two_runners_one_is_refused_and_a_paused_campaign_waits(invoke: Invok
     done = invoke("campaign", "resume", "many", "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["waits_for"] is None
+
+
+def test_a_detached_runner_reads_the_campaign_from_the_storage_and_gets_the_urls_of_webhooks(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(start, "detach", lambda *args: given.append(args))
+    monkeypatch.setenv("MY_HOOK", "https://example.org/secret")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    hooks = "notify: [{url_env: MY_HOOK}, {url_env: NOT_HERE}, {url_file: /run/hook}]"
+    (tmp_path / "campaign.yaml").write_text(CAMPAIGN + hooks)
+    refused = invoke("campaign", "run", "campaign.yaml", "--detach")
+    assert (refused.code, "--detach needs a Ray cluster that goes on" in refused.err) == (2, True)
+    assert invoke("campaign", "run", "campaign.yaml", "--detach", "--address", "10.0.0.1:6379").code == 0
+    assert invoke("campaign", "run", "many", "--detach", "--address", "10.0.0.1:6379").code == 0
+    for task, place, storage, address in given:
+        assert (task.job.name, task.job.lease) == ("many", campaign_study("many"))
+        assert task.arguments == ("campaign", "run", "many")
+        assert task.environment == {"MY_HOOK": "https://example.org/secret"}
+        assert "secret" not in repr(task)
+        assert [[pool.name for pool in pools] for pools in task.node_pools] == [["local"], ["local"]]
+        assert (place.url, storage.url, address) == (URL, URL, "10.0.0.1:6379")
+    assert status(invoke)["state"] == "stopped"
+    with take_lease(open_storage(URL), campaign_study("many")):
+        assert invoke("campaign", "run", "many", "--detach", "--address", "10.0.0.1:6379").code == 2
+    assert len(given) == 2
+
+
+def test_a_stored_campaign_is_run_by_its_name_and_its_log_is_printed(invoke: Invoke) -> None:
+    invoke("campaign", "run", "campaign.yaml", "--set", "budget={device_hours: 0.001}")
+    assert "the campaign is over already: the budget is used" in invoke("campaign", "run", "many").err
+    refused = invoke("campaign", "run", "many", "--set", "budget.cost=3")
+    assert (refused.code, "'many' is none; give *.yaml" in refused.err) == (2, True)
+    assert "has no campaign 'other'; it has: many" in invoke("campaign", "run", "other").err
+    lines = invoke("campaign", "logs", "many").out.splitlines()
+    assert any("slice 1, search in many.few" in line for line in lines)
+    assert invoke("campaign", "logs", "many", "--tail", "1", "--follow").out.splitlines() == lines[-1:]

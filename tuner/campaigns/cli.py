@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from search_spaces.errors import InvalidValueError, TunerError
+from search_spaces.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from rich.console import RenderableType
 
@@ -39,6 +39,7 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="Print one line per event instead of a live view.")]
+Detach = Annotated[bool, typer.Option("--detach", help="Run it on the Ray cluster and return at once.")]
 Name = Annotated[str, typer.Argument(help="Name of a campaign.")]
 
 campaign_app = typer.Typer(help="Run many studies on one budget, for weeks if need be.", no_args_is_help=True)
@@ -46,19 +47,19 @@ campaign_app = typer.Typer(help="Run many studies on one budget, for weeks if ne
 
 @campaign_app.command("run")
 def run(
-    file: Annotated[Path, typer.Argument(help="A campaign file (YAML).")],
+    campaign: Annotated[
+        str, typer.Argument(help="A campaign file (*.yaml), or the name of a campaign of the storage.")
+    ],
     address: Address = None,
     overrides: Overrides = None,
     storage: StorageOption = None,
     as_json: AsJson = False,
     no_progress: NoProgress = False,
+    detached: Detach = False,
 ) -> None:
-    """Run the campaign of FILE; one that was begun before goes on where it stopped."""
-    from tuner.campaigns.campaign import load_campaign
-    from tuner.places import find_place
-
-    campaign, named = load_campaign(file, overrides or [])
-    _run(campaign, find_place(storage or named), address=address, as_json=as_json, no_progress=no_progress)
+    """Run a campaign; one that was begun before goes on where it stopped. A pause that was ordered stays."""
+    asked, place = _asked(campaign, overrides or [], storage)
+    _begin(asked, place, detached=detached, address=address, as_json=as_json, no_progress=no_progress)
 
 
 @campaign_app.command("resume")
@@ -68,8 +69,9 @@ def resume(
     storage: StorageOption = None,
     as_json: AsJson = False,
     no_progress: NoProgress = False,
+    detached: Detach = False,
 ) -> None:
-    """Take a pause back; where nobody runs the campaign, go on with it here."""
+    """Take a pause back; where nobody runs the campaign, go on with it here (or on the cluster: --detach)."""
     from studies.campaign_store import campaign_study
     from studies.lease import is_free, read_lease
     from tuner.campaigns.open import existing
@@ -82,7 +84,8 @@ def resume(
     if not is_free(read_lease(opened, campaign_study(name))):
         print(f"Campaign {name} is run already; follow it with: tuner campaign status {name} --follow", file=sys.stderr)
         return
-    _run(record.campaign(), place, address=address, as_json=as_json, no_progress=no_progress)
+    campaign = record.campaign()
+    _begin(campaign, place, detached=detached, address=address, as_json=as_json, no_progress=no_progress)
 
 
 @campaign_app.command("list")
@@ -157,29 +160,28 @@ def stop(
     wait_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for the end; 0 not to wait.")] = 120.0,
 ) -> None:
     """Order the runner of a campaign to end, wherever it is; what was measured stays, and a resume goes on."""
-    from studies.campaign_store import campaign_study
-    from studies.errors import StudyNotFoundError
-    from studies.lease import is_free, order_stop, read_lease
-    from tuner.campaigns.open import existing
+    from tuner.campaigns.open import existing, job_of
+    from tuner.remote import stop_and_wait
 
     _, opened = _existing(storage)
     existing(opened, name)
-    try:
-        record = order_stop(opened, campaign_study(name))
-    except StudyNotFoundError as error:
-        raise StudyNotFoundError(f"nobody runs campaign {name!r}; there is nothing to stop") from error
-    print(f"Ordered {record.holder} to stop campaign {name}.")
-    deadline = time.monotonic() + wait_s
-    while time.monotonic() < deadline:
-        if is_free(read_lease(opened, campaign_study(name))):
-            print(f"Stopped. Go on with: tuner campaign resume {name}")
-            return
-        time.sleep(min(1.0, wait_s))
-    if wait_s:
-        raise TunerError(
-            f"{record.holder} has not stopped campaign {name!r} within {wait_s:g} s; "
-            f"look at it with: tuner campaign status {name}"
-        )
+    stop_and_wait(opened, job_of(name), wait_s)
+
+
+@campaign_app.command("logs")
+def logs(
+    name: Name,
+    storage: StorageOption = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until it is not run any more.")] = False,
+    tail: Annotated[int | None, typer.Option("--tail", min=0, help="Only the last lines.")] = None,
+) -> None:
+    """Print what the runners of a campaign have written; what its studies say is in their own logs."""
+    from tuner.campaigns.open import existing, job_of
+    from tuner.remote import print_log
+
+    _, opened = _existing(storage)
+    existing(opened, name)
+    print_log(opened, job_of(name), follow=follow, tail=tail)
 
 
 @campaign_app.command("report")
@@ -211,6 +213,34 @@ def report(
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _asked(campaign: str, overrides: Sequence[str], storage: str | None) -> tuple[Campaign, Place]:
+    """The campaign of a file, or the stored one of that name, and where its data lie."""
+    from tuner.campaigns.campaign import load_campaign
+    from tuner.campaigns.open import existing
+    from tuner.places import find_place
+
+    path = Path(campaign)
+    if path.suffix in {".yaml", ".yml"}:
+        found, named = load_campaign(path, overrides)
+        return found, find_place(storage or named)
+    if overrides:
+        raise InvalidValueError(f"--set changes the rules of a campaign file, and {campaign!r} is none; give *.yaml")
+    place, opened = _existing(storage)
+    return existing(opened, campaign).campaign(), place
+
+
+def _begin(
+    campaign: Campaign, place: Place, *, detached: bool, address: str | None, as_json: bool, no_progress: bool
+) -> None:
+    """Run `campaign` here, or give its runner to the cluster at `address`."""
+    if detached:
+        from tuner.campaigns.start import detach_campaign
+
+        detach_campaign(campaign, place, address)
+    else:
+        _run(campaign, place, address=address, as_json=as_json, no_progress=no_progress)
 
 
 def _run(campaign: Campaign, place: Place, *, address: str | None, as_json: bool, no_progress: bool) -> None:

@@ -17,6 +17,7 @@ from studies.storage import Storage
 from tuner.campaigns.campaign import Campaign, check_same_cells, dump_rules
 from tuner.campaigns.record import Record
 from tuner.campaigns.run import BUDGET_USED
+from tuner.remote import Job
 from tuner.session import lease_times, lease_wait_s
 
 
@@ -41,6 +42,11 @@ def campaign_lease(storage: Storage, name: str) -> Iterator[Lease]:
 def _holder(message: str) -> str:
     """The part of a busy study's message that says who has it."""
     return message.partition(" is run by ")[2].partition(". Follow")[0] or message
+
+
+def job_of(name: str) -> Job:
+    """Campaign `name`, as what follows and stops runners takes it."""
+    return Job(kind="campaign", name=name, lease=campaign_study(name))
 
 
 def begin(storage: Storage, campaign: Campaign) -> Record:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from studies.lease import Lease
-from studies.storage import Storage
+from studies.storage import Storage, open_storage
 from tuner import wiring
 from tuner.access import Connect
 from tuner.campaigns.campaign import Campaign
 from tuner.campaigns.herald import Herald
-from tuner.campaigns.open import begin
+from tuner.campaigns.open import begin, campaign_lease, job_of
 from tuner.campaigns.run import CampaignObserver, CampaignRun
 from tuner.campaigns.slices import SliceRunner, SlicesApart, SlicesHere
 from tuner.campaigns.webhooks import Post
+from tuner.detached import Task, detach, require_address
 from tuner.places import Place
 from tuner.study_schema import StudyFile
 
@@ -57,6 +59,25 @@ def run_campaign(
     finally:
         if herald is not None:
             herald.close()
+
+
+def detach_campaign(campaign: Campaign, place: Place, address: str | None) -> None:
+    """Begin `campaign`, or go on with it, by a runner on the Ray cluster at `address`; return once that has its lease.
+
+    It reads the campaign from the storage, and gets the webhooks' URLs of this process's environment. Raises
+    `CampaignBusyError` where it is run already, and `TunerError` where its runner does not begin.
+    """
+    there, storage = require_address(address), open_storage(place.url)
+    with campaign_lease(storage, campaign.name):
+        begin(storage, campaign)
+    urls = [hook.url_env for hook in campaign.rules.notify if hook.url_env is not None]
+    task = Task(
+        job=job_of(campaign.name),
+        arguments=("campaign", "run", campaign.name),
+        node_pools=tuple(wiring.make_problem(cell.study).node_pools for cell in campaign.cells),
+        environment={name: os.environ[name] for name in urls if name in os.environ},
+    )
+    detach(task, place, storage, there)
 
 
 def _slices(campaign: Campaign, place: Place, address: str | None) -> SliceRunner:

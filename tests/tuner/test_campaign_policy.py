@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from search_spaces.errors import TunerError
 from search_spaces.outcome import Prediction
+from search_spaces.problem import Problem
 from search_spaces.slos import Slo
 from studies.spending import NOTHING_SPENT, Spent
 from studies.stopping import Progress, progress_of
@@ -40,13 +44,18 @@ def campaign() -> Campaign:
         return load_campaign(path)[0]
 
 
+@functools.cache
+def problem() -> Problem:
+    return make_problem(campaign().cells[0].study)
+
+
 def standing(name: str, **changes: Any) -> Standing:
     """A study that has not begun, but for `changes`."""
     cell = campaign().cells[0]
     values: dict[str, Any] = {
         "cell": replace(cell, name=name),
         "record": CellRecord(cell=name, study=name),
-        "problem": make_problem(cell.study),
+        "problem": problem(),
         "directions": (),
         "trials": (),
         "progress": NO_PROGRESS,
@@ -54,7 +63,7 @@ def standing(name: str, **changes: Any) -> Standing:
         "total": NOTHING_SPENT,
         "lacking": 0,
         "growth": 1.0,
-        "cost": None,
+        "costs": (),
     }
     return Standing(**values | changes)
 
@@ -63,7 +72,7 @@ def begun(name: str, growth: float, hours: float, **changes: Any) -> Standing:
     progress = Progress(finished=2, running=0, waiting=0, lost=0, lost_in_a_row=0)
     cost = Cost(device_hours=hours, dollars=10 * hours)
     spent = Spent(device_hours=2 * hours, dollars=20 * hours, trials=2)
-    return standing(name, growth=growth, cost=cost, progress=progress, spent=spent, **changes)
+    return standing(name, growth=growth, costs=(cost,), progress=progress, spent=spent, **changes)
 
 
 def offer(hours: float | None = 10.0, today: float | None = None, trials: int = 4) -> Offer:
@@ -111,6 +120,51 @@ def test_a_slice_takes_no_more_than_is_left_and_half_a_trial_is_kept_back() -> N
     today = chosen([one], offer(100.0, today=1.5))
     assert today is not None
     assert today.purse.device_hours == pytest.approx(1.0)
+
+
+def test_the_last_of_the_budget_goes_where_the_dearest_trial_fits_and_a_near_end_is_an_end() -> None:
+    steady, varying = begun("steady", 0.1, 2.0), begun("varying", 0.9, 1.0)
+    varying = replace(varying, costs=(Cost(device_hours=0.2, dollars=2.0), Cost(device_hours=3.2, dollars=32.0)))
+    assert name_of(chosen([steady, varying], offer(5.0))) == "varying"
+    assert name_of(chosen([steady, varying], offer(2.0))) == "steady", "3.2 would be 1.2% of 100 too much"
+    one = chosen([steady], offer(4.9))
+    assert one is not None
+    assert one.trials == 1, "what it leaves is known better then"
+    assert name_of(chosen([varying], offer(1.1))) == "varying", "2 hours from the end or 0.9, where 1.1 are left"
+    assert name_of(chosen([varying], offer(0.95))) is None, "less than 1% of 100 is left"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    typical=st.lists(st.floats(0.002, 0.2), min_size=1, max_size=6),
+    small=st.floats(0.002, 0.01),
+    spread=st.floats(0.0, 0.05),
+    seed=st.integers(0, 10_000),
+)
+def test_a_campaign_ends_within_two_percent_of_its_budget_where_some_study_has_small_trials(
+    typical: list[float], small: float, spread: float, seed: int
+) -> None:
+    rng = random.Random(seed)
+    means = [*typical, small]
+    studies = [begun(str(number), rng.random(), mean) for number, mean in enumerate(means)]
+    taken = sum(2 * mean for mean in means)
+    total = Purse(device_hours=taken + 1.0, dollars=None)
+    while True:
+        left = Purse(device_hours=total.device_hours - taken, dollars=None)
+        choice = chosen(studies, Offer(total=total, left=left, today=ENDLESS, trials=3))
+        if choice is None:
+            break
+        number = int(choice.standing.cell.name)
+        slice_taken = 0.0
+        for _ in range(choice.trials):
+            if slice_taken >= choice.purse.device_hours:
+                break
+            hours = means[number] * rng.uniform(1 - spread, 1 + spread)
+            slice_taken += hours
+            costs = (*studies[number].costs, Cost(device_hours=hours, dollars=0.0))[-8:]
+            studies[number] = replace(studies[number], costs=costs, growth=rng.random())
+        taken += slice_taken
+    assert abs(taken / total.device_hours - 1.0) <= 0.02
 
 
 def test_a_closed_study_gets_the_runs_that_its_front_lacks_and_search_leaves_room_for_them() -> None:

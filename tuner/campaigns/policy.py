@@ -2,25 +2,28 @@
 
 First every study gets one slice, the most important first, so that later ones learn from it. Then each slice goes where
 the expected relative growth of the hypervolume, times the study's priority, is highest for what a trial takes of the
-budget. A study that was closed gets the runs that confirm its front, for which the search leaves enough.
+budget. A study that was closed gets the runs that confirm its front, for which the search leaves enough. The last of
+the budget goes to studies whose dearest trial fits into it.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from studies.spending import Spent
 from tuner.campaigns.record import SliceKind
-from tuner.campaigns.standing import Cost, Standing
+from tuner.campaigns.standing import Cost, Standing, mean_cost
 
 CONFIRMING_SHARE = 1 / 3
 """Share of the budget that the search leaves for confirmations, at most."""
 NO_COST = Cost(device_hours=0.0, dollars=0.0)
 SLACK = 1.5
 """A slice may take this much more than its trials are expected to."""
+MISSED = 0.01
+"""Share of the budget by which a campaign may end beyond it, or before it where no trial fits into what is left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,22 @@ class Purse:
         """True where the whole of `cost` is there."""
         pairs = ((self.device_hours, cost.device_hours), (self.dollars, cost.dollars))
         return all(left is None or (left > 0 and left >= need) for left, need in pairs)
+
+    def with_share(self, share: float, total: Purse) -> Purse:
+        """What is left and a `share` of the `total` more."""
+        hours, dollars = share * (total.device_hours or 0.0), share * (total.dollars or 0.0)
+        return self.less(Cost(device_hours=-hours, dollars=-dollars))
+
+    def is_within(self, share: float, total: Purse) -> bool:
+        """True where no more than a `share` of the `total` is left of a limit."""
+        pairs = ((self.device_hours, total.device_hours), (self.dollars, total.dollars))
+        return any(left is not None and left <= share * (whole or 0.0) for left, whole in pairs)
+
+    def misses(self, costs: Sequence[Cost]) -> float:
+        """How far from its end a trial ends that takes one of `costs`, each as likely: relative to what is left."""
+        hours, dollars = [cost.device_hours for cost in costs], [cost.dollars for cost in costs]
+        pairs = ((self.device_hours, hours), (self.dollars, dollars))
+        return max((fmean(abs(1.0 - need / left) for need in needs) for left, needs in pairs if left), default=0.0)
 
     def share(self, cost: Cost) -> float:
         """What `cost` takes of it: the larger share where two things are limited, device-hours where nothing is."""
@@ -122,26 +141,73 @@ def choose(
     closing = next((s for s in free if not s.is_open and s.lacking and offer.now.affords(s.cost or guess)), None)
     if closing is not None:
         return confirmation(closing, offer, guess)
-    purse = offer.now.least(offer.left.less(reserve(standings, offer.total, guess)))
-    able = [s for s in free if s.is_open and purse.affords(s.cost or guess)]
-    able = [s for s in able if purse.holds(s.cost or guess)] or able  # the last of it goes where it is enough
+    tail = Tail(left=offer.left.less(reserve(standings, offer.total, guess)), total=offer.total)
+    purse = offer.now.least(tail.left)
+    able = tail.fitting([s for s in free if s.is_open and purse.affords(s.cost or guess)], guess)
     if not able:
         return None
     waiting = [standing for standing in able if not standing.begun]
     if waiting:
         first = max(waiting, key=lambda s: priorities[s.cell.name])  # of equal ones the first of the matrix
-        return _search(first, purse.part(len(waiting)), offer, guess, "it has not begun", None)
+        trials = tail.trials(_wanted(first, offer), first, guess)
+        return _search(first, purse.part(len(waiting)), trials, guess, "it has not begun", None)
     worth = {s.cell.name: priorities[s.cell.name] * s.growth / max(purse.share(s.cost or guess), 1e-12) for s in able}
     best = max(able, key=lambda s: worth[s.cell.name])
     cost = best.cost or guess
     why = f"{best.growth:.2%} more hypervolume is expected of a trial that takes {cost.device_hours:.3g} device-hours"
-    return _search(best, purse, offer, guess, why, worth[best.cell.name])
+    trials = tail.trials(_wanted(best, offer), best, guess)
+    return _search(best, purse, trials, guess, why, worth[best.cell.name])
 
 
-def _search(standing: Standing, purse: Purse, offer: Offer, guess: Cost, why: str, worth: float | None) -> Choice:
+def _wanted(standing: Standing, offer: Offer) -> int:
+    """Trials of a whole slice, as far as the study's own budget goes."""
     own = standing.cell.study.budget.trials - standing.progress.finished
-    wanted = offer.trials if standing.begun else offer.first or offer.trials
-    trials = max(1, min(wanted, own))
+    return max(1, min(own, offer.trials if standing.begun else offer.first or offer.trials))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tail:
+    """What is `left` for the search of the `total` budget: how its end is met."""
+
+    left: Purse
+    total: Purse
+
+    @property
+    def room(self) -> Purse:
+        """What may be taken without ending too far beyond the budget."""
+        return self.left.with_share(MISSED, self.total)
+
+    def fitting(self, able: Sequence[Standing], guess: Cost) -> list[Standing]:
+        """Of `able` studies those whose dearest trial fits.
+
+        Where there are none, the one that is expected to end nearest to the budget; nobody where its end is near
+        enough already, or where not to begin is nearer.
+        """
+        found = [standing for standing in able if self.room.holds(dearest(standing, guess))]
+        if found or not able or self.left.is_within(MISSED, self.total):
+            return found
+        nearest = min(able, key=lambda standing: self.left.misses(standing.costs or (guess,)))
+        return [nearest] if self.left.misses(nearest.costs or (guess,)) < 1.0 else []
+
+    def trials(self, wanted: int, standing: Standing, guess: Cost) -> int:
+        """So many trials of a study, up to those `wanted`, that one more would fit if all were as dear as the dearest.
+
+        At least one: the last ones are given out one by one, since what is left is known better then.
+        """
+        most = dearest(standing, guess)
+        return next((n for n in range(wanted, 1, -1) if self.room.part(n + 1).holds(most)), 1)
+
+
+def dearest(standing: Standing, guess: Cost) -> Cost:
+    """The most that one of its last trials has taken, limit by limit."""
+    costs = standing.costs or (guess,)
+    return Cost(
+        device_hours=max(cost.device_hours for cost in costs),
+        dollars=max(cost.dollars for cost in costs),
+    )
+
+
+def _search(standing: Standing, purse: Purse, trials: int, guess: Cost, why: str, worth: float | None) -> Choice:
     return Choice(
         standing=standing,
         kind=SliceKind.SEARCH,
@@ -179,13 +245,7 @@ def confirmation(standing: Standing, offer: Offer, guess: Cost) -> Choice:
 
 def typical_cost(standings: Sequence[Standing]) -> Cost:
     """Mean cost of a trial over the studies that have begun: what one of another study is taken to cost."""
-    known = [standing.cost for standing in standings if standing.cost is not None]
-    if not known:
-        return NO_COST
-    return Cost(
-        device_hours=statistics.fmean(cost.device_hours for cost in known),
-        dollars=statistics.fmean(cost.dollars for cost in known),
-    )
+    return mean_cost([standing.cost for standing in standings if standing.cost is not None]) or NO_COST
 
 
 def reserve(standings: Sequence[Standing], total: Purse, guess: Cost) -> Cost:

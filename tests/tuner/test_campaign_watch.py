@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -29,6 +29,7 @@ from tuner.campaigns.slices import SlicesHere
 from tuner.campaigns.standing import Standing
 from tuner.campaigns.watch import changes_since, due, odd_nodes, verdict
 from tuner.places import Place
+from tuner.study_schema import StudyFile
 from tuner.wiring import UNMEASURED_CORE
 
 NOON = datetime(2026, 11, 22, 12)  # noqa: DTZ001 - naive, as Optuna stores it
@@ -114,9 +115,30 @@ def test_a_node_whose_controls_differ_from_the_others_is_named() -> None:
     for host, slower in factors.items():
         runs += [run_of(len(runs) + i, slower=f, node__mixed=host) for i, f in enumerate(slower)]
     runs = [replace(run, number=n) for n, run in enumerate(runs)]
-    assert [odd.host for odd in odd_nodes(study_of(*runs))] == ["c"]
+    (odd,) = odd_nodes(study_of(*runs))
+    assert (odd.host, odd.pool) == ("c", "here")
+    last = runs[-1].ended_at
+    assert last is not None
+    assert odd_nodes(study_of(*runs), since_s=last.timestamp() - 1) == (), "one control says nothing of a node"
     assert odd_nodes(study_of(*runs[:7])) == (), "a and b serve alike"
     assert odd_nodes(standing("empty")) == ()
+
+
+@pytest.mark.parametrize(
+    ("factors", "named"),
+    [
+        ({"a": 1.0, "b": 1.3, "c": 1.0}, ["b"]),
+        ({"a": 1.0, "b": 1.3}, ["b"]),
+        ({"a": 1.3, "b": 1.3, "c": 1.0, "d": 1.0, "e": 1.0}, ["a", "b"]),
+        ({"a": 0.8, "b": 1.0, "c": 1.0, "d": 1.25}, ["a", "d"]),
+    ],
+)
+def test_beside_an_odd_node_the_others_are_none(factors: dict[str, float], named: list[str]) -> None:
+    """Without noise every node differs from the mean of the others where one of them does."""
+    hosts = sorted([*factors, *factors])
+    runs = [run_of(number, slower=factors[host], node__mixed=host) for number, host in enumerate(hosts)]
+    found = odd_nodes(study_of(replace(runs[0], origin=Origin.DEFAULT, repeat_of=None), *runs[1:]))
+    assert sorted(odd.host for odd in found) == named
 
 
 @dataclass
@@ -179,7 +201,7 @@ class Watcher(Silence):
         self.notes.append(reason)
 
 
-def run_campaign(folder: Path, text: str, world: World) -> tuple[str | None, Record, Watcher]:
+def run_campaign(folder: Path, text: str, world: World | Pools) -> tuple[str | None, Record, Watcher]:
     path = folder / "campaign.yaml"
     path.write_text(text)
     place = Place(url=f"sqlite:///{folder}/studies.db", directory=folder)
@@ -234,3 +256,79 @@ def test_a_study_that_always_fails_is_given_up_and_the_others_go_on(tmp_path: Pa
     assert str(memory.cells["many.few"].closed).startswith("given up, 1 of its last slices failed: too many faults")
     assert memory.cells["many.many"].closed == "the budget of trials is used"
     assert [slice_.end.failed for slice_ in memory.slices_of("many.few") if slice_.end] == [True]
+
+
+TWO_POOLS = """
+name: many
+common:
+  workload: {isl: 64, osl: 16, concurrency: [1, 2, 4]}
+  objectives: [output_tokens_per_s, ttft_p50_ms]
+  engines: {llamacpp: {threads: [1, 2], max_num_seqs: [1, 4], batch_size: 512, ubatch_size: 512, flash_attention: true,
+    kv_cache_dtype: f16}}
+  space: {modes: [aggregated]}
+  budget: {trials: 2, confirm: 1, control_every: 0}
+matrix:
+  nodes:
+    on-a: {node_pools: {a: {cpus_per_node: 4, nodes: 3}}, budget: {trials: 5, control_every: 1}}
+    on-b: {node_pools: {b: {cpus_per_node: 4, nodes: 3}}}
+    on-both: {node_pools: {b: {cpus_per_node: 4, nodes: 3}, a: {cpus_per_node: 4, nodes: 3}}}
+    on-a-too: {node_pools: {a: {cpus_per_node: 4, nodes: 3}}}
+budget: {device_hours: 100}
+slices: {trials: 5}
+watch: {environment: false}
+"""
+
+
+@dataclass
+class Pools:
+    """Nodes a0, a1 and a2 of a pool and b0, b1 and b2 of another one, used in turn but for those that are avoided.
+
+    Some serve slower, by these factors.
+    """
+
+    slower: Mapping[str, float]
+    avoided: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    used: dict[str, list[str]] = field(default_factory=dict)
+    trials_at_once: int = 1
+
+    def outcome(self, request: TrialRequest) -> Outcome:
+        study, (pool,) = request.trial.rpartition("-")[0], request.candidate.config.pools
+        hosts = [f"{pool.node_pool}{n}" for n in range(3)]
+        free, used = [host for host in hosts if host not in self.avoided[study]], self.used.setdefault(study, [])
+        host = free[len(used) % len(free)]
+        used.append(host)
+        plain = measured(request)
+        assert isinstance(plain, Measurement)
+        metrics = replace(
+            plain.metrics, output_tokens_per_s=plain.metrics.output_tokens_per_s / self.slower.get(host, 1.0)
+        )
+        return replace(plain, metrics=metrics, environment={"node.mixed-0": host})
+
+    def measure(self, _pool: object) -> object:
+        return UNMEASURED_CORE
+
+    def runner(self, _study: str) -> MemoryRunner:
+        return MemoryRunner(outcome_of=self.outcome, polls=0)
+
+    def connector(self, study: StudyFile, avoid: tuple[str, ...]) -> Connect:
+        self.avoided[study.name] = avoid
+
+        @contextmanager
+        def connect(_problem: object, _place: object) -> Iterator[Pools]:
+            yield self
+
+        return connect  # type: ignore[return-value]  # a cluster by its behaviour
+
+
+@pytest.mark.long
+def test_a_node_that_differs_is_avoided_by_every_study_on_its_pool_and_by_no_other(tmp_path: Path) -> None:
+    pools = Pools(slower={"a1": 1.3})
+    reason, record, watcher = run_campaign(tmp_path, TWO_POOLS, pools)
+    assert reason == "nothing is left to gain: every study is closed"
+    assert pools.avoided == {"many.on-a": (), "many.on-b": (), "many.on-both": ("a1",), "many.on-a-too": ("a1",)}
+    assert [(suspect.pool, suspect.host) for suspect in record.memory().quarantine] == [("a", "a1")]
+    (told,) = [text for text in watcher.drifts if text.startswith("node ")]
+    assert told.startswith("node a1 of pool a is avoided from now on: output_tokens_per_s of its last controls is -23")
+    assert pools.used["many.on-a"].count("a1") >= 2
+    assert pools.used["many.on-b"] == ["b0", "b1"]
+    assert pools.used["many.on-a-too"] == ["a0", "a2"]

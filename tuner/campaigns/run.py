@@ -401,12 +401,11 @@ class CampaignRun:
         """Avoid nodes whose controls differ from the others'; those whose time is over are tried again."""
         now_s, limit_s = view.now.timestamp(), self.campaign.rules.watch.quarantine_for
         kept = tuple(found for found in view.memory.quarantine if now_s - found.since_s < limit_s)
-        known = {found.host for found in kept}
-        pool = next(iter(standing.cell.study.node_pools))
+        known = {(found.pool, found.host) for found in kept}
         fresh = [
-            Suspect(host=odd.host, pool=pool, since_s=now_s, why=odd.why)
-            for odd in odd_nodes(standing)
-            if odd.host not in known and len(standing.cell.study.node_pools) == 1
+            Suspect(host=odd.host, pool=odd.pool, since_s=now_s, why=odd.why)
+            for odd in odd_nodes(standing, since_s=now_s - limit_s)
+            if (odd.pool, odd.host) not in known
         ]
         if fresh or len(kept) < len(view.memory.quarantine):
             self.record.note_quarantine((*kept, *fresh))

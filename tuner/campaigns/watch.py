@@ -33,7 +33,8 @@ LEAST_RUNS = 2
 """Control measurements on a node before anything is said of it."""
 LEAST_CHANGE = 0.02
 """Nodes that differ by less than this (logarithm) serve alike, however sure one is that they differ."""
-NODE_METRICS = ("tpot_p50_ms", "output_tokens_per_s")
+NODE_METRICS = {"tpot_p50_ms": 1, "output_tokens_per_s": -1}
+"""By which nodes are compared, and whether more of it is slower (1) or faster (-1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +74,10 @@ class Moved:
 
 @dataclass(frozen=True, kw_only=True)
 class Odd:
-    """A node whose control measurements differ from the others'."""
+    """A node of a pool whose control measurements differ from the others'."""
 
     host: str
+    pool: str
     why: str
 
 
@@ -154,39 +156,63 @@ def verdict(standing: Standing, trial: int) -> tuple[Moved, ...]:
     return tuple(moved)
 
 
-def odd_nodes(standing: Standing) -> tuple[Odd, ...]:
-    """Nodes on which the last control measurements of a study differ from all its others beyond the noise."""
-    control = control_of(standing.trials)
-    runs = runs_by_key(standing.trials)
-    if control is None or control.key is None or control.key not in runs:
+def odd_nodes(standing: Standing, since_s: float = 0.0) -> tuple[Odd, ...]:
+    """Nodes on which the last control measurements of a study differ from those on the others beyond the noise.
+
+    The oddest is named first, and the others are compared without it: beside a slow node every other one would seem
+    fast. Of two nodes the slower one is named. Only measurements after `since_s` count, and a control that needs
+    several node pools tells of none.
+    """
+    control, runs = control_of(standing.trials), runs_by_key(standing.trials)
+    if control is None or control.candidate is None or control.key is None or control.key not in runs:
         return ()
-    placed: list[tuple[str, TrialRecord]] = []
-    for trial in sorted(runs[control.key].measured, key=_end_s):
-        hosts = hosts_of(trial.outcome) if trial.outcome else frozenset()
-        if len(hosts) == 1:
-            placed.append((next(iter(hosts)), trial))
-    names = sorted({host for host, _ in placed})
-    found = (_odd(host, placed, runs.values()) for host in names if len(names) > 1)
-    return tuple(odd for odd in found if odd is not None)
+    pools = {pool.node_pool for pool in control.candidate.config.pools}
+    placed = [pair for pair in _placed(runs[control.key].measured) if _end_s(pair[1]) > since_s]
+    found: list[Odd] = []
+    while len(pools) == 1 and (oddest := _oddest(placed, runs.values())) is not None:
+        found.append(Odd(host=oddest.host, pool=min(pools), why=oddest.why))
+        placed = [(host, trial) for host, trial in placed if host != oddest.host]
+    return tuple(found)
 
 
-def _odd(host: str, placed: Sequence[tuple[str, TrialRecord]], runs: Iterable[Runs]) -> Odd | None:
-    own = [trial for name, trial in placed if name == host][-LEAST_RUNS:]
-    rest = [trial for name, trial in placed if name != host]
-    if len(own) < LEAST_RUNS or len(rest) < LEAST_RUNS:
-        return None
-    for metric in NODE_METRICS:
-        ours, theirs = _values(own, metric), _values(rest, metric)
-        compared = [*((host, trial) for trial in own), *((name, trial) for name, trial in placed if name != host)]
-        noise = _within(compared, metric) or noise_of(runs, metric)
-        if noise is None or len(ours) < LEAST_RUNS or min(*ours, *theirs) <= 0:
+def _placed(controls: Iterable[TrialRecord]) -> list[tuple[str, TrialRecord]]:
+    """Controls that ran on one node alone, with its host, in the order of their ends."""
+    found = ((hosts_of(trial.outcome), trial) for trial in sorted(controls, key=_end_s) if trial.outcome)
+    return [(min(hosts), trial) for hosts, trial in found if len(hosts) == 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Difference:
+    """How much slower (logarithm) the last controls on a node are than those on the other nodes, in words too."""
+
+    host: str
+    slowness: float
+    why: str
+
+
+def _oddest(placed: Sequence[tuple[str, TrialRecord]], runs: Iterable[Runs]) -> _Difference | None:
+    hosts = sorted({host for host, _ in placed})
+    clear = [found for host in hosts if (found := _difference(host, placed, runs)) is not None]
+    if len(hosts) == 2:
+        return max(clear, key=lambda found: found.slowness, default=None)
+    return max(clear, key=lambda found: abs(found.slowness), default=None)
+
+
+def _difference(host: str, placed: Sequence[tuple[str, TrialRecord]], runs: Iterable[Runs]) -> _Difference | None:
+    """How the node differs; None where it does not beyond the noise."""
+    own = [(name, trial) for name, trial in placed if name == host][-LEAST_RUNS:]
+    rest = [(name, trial) for name, trial in placed if name != host]
+    for metric, slower in NODE_METRICS.items():
+        ours, theirs = (_values([trial for _, trial in group], metric) for group in (own, rest))
+        noise = _within([*own, *rest], metric) or noise_of(runs, metric)
+        if noise is None or min(len(ours), len(theirs)) < LEAST_RUNS or min(*ours, *theirs) <= 0:
             continue
         change = statistics.fmean(map(math.log, ours)) - statistics.fmean(map(math.log, theirs))
         limit = _wide(noise, NODE_LEVEL, len(NODE_METRICS)) * math.sqrt(1 / len(ours) + 1 / len(theirs))
         if abs(change) > max(limit, LEAST_CHANGE):
             chance = f"by chance ±{math.expm1(limit):.1%}"
-            text = f"{metric} of its last controls is {math.expm1(change):+.1%} of the other nodes' ({chance})"
-            return Odd(host=host, why=text)
+            why = f"{metric} of its last controls is {math.expm1(change):+.1%} of the other nodes' ({chance})"
+            return _Difference(host=host, slowness=slower * change, why=why)
     return None
 
 

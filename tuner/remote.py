@@ -174,17 +174,25 @@ def _ordered_to_stop(storage: Storage, job: Job) -> Coordinator | None:
 def detach(file: StudyFile, place: Place, address: str | None) -> None:
     """Run the study of `file` on the Ray cluster at `address`, and return when its coordinator holds the lease there.
 
-    Raises `StudyBusyError` where it is run already, and `TunerError` where it does not begin.
+    Raises `StudyBusyError` where it is run already, `StudyFileChangedError` where it was made with another study file,
+    and `TunerError` where it does not begin.
     """
+    from rich.console import Console
+
     from studies.lease import require_free
     from studies.storage import open_storage
     from tuner import detached
-    from tuner.session import check_space
+    from tuner.progress import LineProgress
+    from tuner.session import check_same_question, check_space
+    from tuner.stored import find_history
     from tuner.study_file import dump_study
 
     there = detached.require_address(address)
     storage = open_storage(place.url)
     require_free(storage, file.name)
+    history = find_history(storage, file.name)
+    if history is not None:
+        check_same_question(file, history.study_file, LineProgress(Console(stderr=True)))
     problem, _ = check_space(file)
     study_file = str(place.coordinator(file.name).with_suffix(".yaml"))
     task = detached.Task(

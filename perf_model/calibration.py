@@ -50,7 +50,7 @@ EXACT = frozenset({"devices", "price_per_hour", "error_rate"})
 NOTHING_LOG_RATIO, LARGEST_LOG_RATIO = -3.0, 7.0
 """What a measured 0 counts as where something was predicted (a twentieth); ratios beyond the other bound are cut."""
 
-REMEMBERED = 10_000
+REMEMBERED = 4_000
 """Raw predictions that are kept, those that were asked for last."""
 
 Measured = tuple[Candidate, Mapping[str, float]]

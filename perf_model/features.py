@@ -34,14 +34,14 @@ def features_of(
     """Features of `candidates`, whose predictions are as doubtful as `doubts` says (1 as usual).
 
     `node_types` maps a node pool to the name of its device, so that pools of one kind share what is learnt. `study`
-    names an earlier study; what was learnt there holds for this one as it does across any one other difference.
-    `model` names the model of such a study where it was another one, which is one difference more.
+    names an earlier study, and `model` its model where that was another one.
     """
     types = tuple((node_types or {}).items())
-    rows = [_row(candidate, types, study, model) for candidate in candidates]
+    rows = [_row(candidate, types, model) for candidate in candidates]
     configs, categories, sizes, loads = zip(*rows, strict=True) if rows else ((), (), (), ())
     return Features(
         configs=np.array(configs, dtype=np.int64),
+        studies=np.full(len(rows), _code(study), dtype=np.int64),
         categories=np.array(categories, dtype=np.int64).reshape(len(rows), -1),
         sizes=np.array(sizes, dtype=np.float64).reshape(len(rows), -1),
         loads=np.array(loads, dtype=np.float64).reshape(len(rows), -1),
@@ -49,15 +49,15 @@ def features_of(
     )
 
 
-@lru_cache(maxsize=10_000)
+@lru_cache(maxsize=4_000)
 def _row(
-    candidate: Candidate, types: tuple[tuple[str, str], ...], study: str, model: str
+    candidate: Candidate, types: tuple[tuple[str, str], ...], model: str
 ) -> tuple[int, IntArray, FloatArray, FloatArray]:
     """Configuration, categories, sizes and loads of a candidate; a search asks for most of them again and again."""
     names = np.array([_code(model), *_categories(candidate, dict(types))], dtype=np.int64)
     sizes = floats(_sizes(candidate))
     config = zlib.crc32(names.tobytes() + sizes.tobytes())
-    return config, np.concatenate([[_code(study)], names]), sizes, floats(_loads(candidate))
+    return config, names, sizes, floats(_loads(candidate))
 
 
 @cache

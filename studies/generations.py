@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.samplers import NSGAIISampler
 from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
@@ -31,6 +33,14 @@ GENERATION = "NSGAIISampler:generation"
 """System attribute of a trial under which Optuna's NSGA-II looks for its generation."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """Values of a run of a candidate as they are stored, and constraints: at most 0 where they are met."""
+
+    values: tuple[float, ...]
+    constraints: tuple[float, ...]
+
+
 class Generations:
     """The generations of a study, and the children of the next one.
 
@@ -39,8 +49,9 @@ class Generations:
 
     def __init__(self, directions: Sequence[Direction], seed: int, breeding: ScreenedBreeding, population: int) -> None:
         self._breeding = breeding
-        self._runs: dict[int, list[FrozenTrial]] = {}
+        self._runs: dict[int, list[_Run]] = {}
         self._individuals: dict[int, FrozenTrial] = {}
+        self._distributions: dict[str, BaseDistribution] = {}
         self._known: set[int] = set()
         self.sampler: NSGAIISampler = make_sampler(seed, population, breeding)
         self.study = optuna.create_study(
@@ -55,14 +66,26 @@ class Generations:
             return
         self._known.add(trial.number)
         repeated = trial.user_attrs.get(PROPOSAL, {}).get("repeat_of")
+        run = _Run(values=tuple(trial.values), constraints=tuple(trial.system_attrs.get(LEGACY_KEY, (0.0,))))
         if repeated is None:
-            self._runs[trial.number] = [trial]
-            self.study.add_trial(_individual([trial]))
-            self._individuals[trial.number] = self.study.get_trials(deepcopy=False)[-1]
+            self._runs[trial.number] = [run]
+            self._individuals[trial.number] = self._add(trial)
         else:
-            self._runs[repeated].append(trial)
-            mean, individual = _individual(self._runs[repeated]), self._individuals[repeated]
-            individual.values, individual.system_attrs = mean.values, mean.system_attrs
+            self._runs[repeated].append(run)
+            mean, individual = _mean(self._runs[repeated]), self._individuals[repeated]
+            individual.values = list(mean.values)
+            individual.system_attrs = individual.system_attrs | {LEGACY_KEY: list(mean.constraints)}
+
+    def _add(self, trial: FrozenTrial) -> FrozenTrial:
+        """The individual that stands for `trial`; distributions, alike in all, are held once."""
+        kept = {key: value for key, value in trial.system_attrs.items() if key in (GENERATION, LEGACY_KEY)}
+        self.study.add_trial(
+            create_trial(values=trial.values, params=trial.params, distributions=trial.distributions, system_attrs=kept)
+        )
+        individual = self.study.get_trials(deepcopy=False)[-1]
+        known = self._distributions
+        individual.distributions = {name: known.setdefault(name, d) for name, d in individual.distributions.items()}
+        return individual
 
     def next(self, request: Request | None = None) -> tuple[int, list[Choice]]:
         """The generation of the trials that begin now, and the children bred for `request`.
@@ -81,18 +104,14 @@ class Generations:
             self.study.tell(trial, state=OptunaState.FAIL)
 
 
-def _individual(runs: Sequence[FrozenTrial]) -> FrozenTrial:
-    """The first of `runs` with their mean values and constraints, as the copy takes it.
+def _mean(runs: Sequence[_Run]) -> _Run:
+    """Mean values and constraints of `runs`.
 
     Runs that failed have no values: they leave the constraint that comes first, `started_and_held`, violated.
     """
-    first = runs[0]
-    kept = {key: value for key, value in first.system_attrs.items() if key in (GENERATION, LEGACY_KEY)}
-    values = first.values
-    held = [run for run in runs if run.system_attrs.get(LEGACY_KEY, [0.0])[0] <= 0]
-    if len(runs) > 1 and held:
-        values = [statistics.fmean(column) for column in zip(*(run.values for run in held), strict=True)]
-        constraints = [run.system_attrs.get(LEGACY_KEY, [0.0]) for run in held]
-        means = [statistics.fmean(column) for column in zip(*constraints, strict=True)]
-        kept[LEGACY_KEY] = [(len(runs) - len(held)) / len(runs), *means[1:]]
-    return create_trial(values=values, params=first.params, distributions=first.distributions, system_attrs=kept)
+    held = [run for run in runs if run.constraints[0] <= 0]
+    if not held:
+        return runs[0]
+    values = tuple(statistics.fmean(column) for column in zip(*(run.values for run in held), strict=True))
+    means = [statistics.fmean(column) for column in zip(*(run.constraints for run in held), strict=True)]
+    return _Run(values=values, constraints=((len(runs) - len(held)) / len(runs), *means[1:]))

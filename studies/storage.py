@@ -54,12 +54,15 @@ _DRIVERS = {
 class Storage:
     """An open storage. `url` is fit to be shown; `dashboard_url` is what optuna-dashboard takes, secrets included.
 
-    Every write through `backend` passes `fence`. What is written in a `batch` arrives together or not at all.
+    Every write through `backend` passes `fence`. What is written in a `batch` arrives together or not at all. `direct`
+    is the backend without the cache in which Optuna would keep every trial whole: for the writer of a study, which
+    remembers what it needs.
     """
 
     url: str
     dashboard_url: str = field(repr=False)
     backend: BaseStorage
+    direct: BaseStorage = field(repr=False)
     fence: Fence = field(default_factory=Fence)
     batch: Batch = field(default=nullcontext, repr=False)
 
@@ -128,7 +131,12 @@ def _open_journal(path: Path) -> Storage:
     except ValueError as error:
         raise StorageError(f"{path} is no journal of Optuna ({error}); choose another file") from error
     return Storage(
-        url=f"{JOURNAL_PREFIX}{path}", dashboard_url=f"{path}", backend=backend, fence=fence, batch=journal.batch
+        url=f"{JOURNAL_PREFIX}{path}",
+        dashboard_url=f"{path}",
+        backend=backend,
+        direct=backend,
+        fence=fence,
+        batch=journal.batch,
     )
 
 
@@ -154,8 +162,14 @@ def _open_database(url: str) -> Storage:
         _tune_sqlite(database.engine)
     fence = Fence()
     fence_database(database.engine, fence)
-    backend = get_storage(database)
-    return Storage(url=shown, dashboard_url=url, backend=backend, fence=fence, batch=database_batch(database))
+    return Storage(
+        url=shown,
+        dashboard_url=url,
+        backend=get_storage(database),
+        direct=database,
+        fence=fence,
+        batch=database_batch(database),
+    )
 
 
 def _make_database(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:

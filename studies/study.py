@@ -228,7 +228,7 @@ class Study:
             self._writer.note_study(NODE_DEVICES, to_json(setup.devices))
         self._stock = Stock(setup.in_flight)
         self._used_before = self.history.device_use
-        self._mirror = Mirror(storage.backend, study_id, seen=self._generations.add)
+        self._mirror = Mirror(storage.direct, study_id, seen=self._generations.add)
         self._enqueue_first()
 
     def _initialise(self, study: optuna.Study) -> None:

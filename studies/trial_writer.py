@@ -49,14 +49,14 @@ class TrialWriter:
     def begin(self, plan: Plan, generation: int) -> int:
         """A new trial that runs; returns its number."""
         trial_id = self._create(plan, OptunaState.RUNNING, self._running_attrs(plan), {GENERATION: generation})
-        return self.storage.backend.get_trial_number_from_id(trial_id)
+        return self.storage.direct.get_trial_number_from_id(trial_id)
 
     def start(self, trial_id: int, known: Collection[str], plan: Plan, generation: int | None) -> None:
         """Let a trial that waits run; parameters are added to those that are `known` of it.
 
         A repeat belongs to no generation.
         """
-        backend = self.storage.backend
+        backend = self.storage.direct
         with self.storage.batch():
             for name, value in self.space.encode(plan.candidate).items():
                 if name not in known:
@@ -71,14 +71,14 @@ class TrialWriter:
 
     def refuse(self, trial_id: int) -> None:
         """End a trial that shall not be measured."""
-        self.storage.backend.set_trial_state_values(trial_id, OptunaState.FAIL)
+        self.storage.direct.set_trial_state_values(trial_id, OptunaState.FAIL)
 
     def note_outcome(self, trial_id: int, outcome: Outcome) -> None:
         """Copy the artefacts to where the dashboard finds them, and store the outcome with their ids.
 
         A file that is gone is noted as `missing`.
         """
-        backend = self.storage.backend
+        backend = self.storage.direct
         with self.storage.batch():
             ids = self._upload(trial_id, outcome.artifacts)
             if isinstance(outcome, Measurement) and outcome.emulated:
@@ -96,21 +96,21 @@ class TrialWriter:
         """Finish a trial with `values`; `names` orders its constraints."""
         with self.storage.batch():
             for key, attr in {**attrs, VIOLATIONS: to_json(violations)}.items():
-                self.storage.backend.set_trial_user_attr(trial_id, key, attr)
-            write_constraints(self.storage.backend, trial_id, names, violations)
-            self.storage.backend.set_trial_state_values(trial_id, OptunaState.COMPLETE, list(values))
+                self.storage.direct.set_trial_user_attr(trial_id, key, attr)
+            write_constraints(self.storage.direct, trial_id, names, violations)
+            self.storage.direct.set_trial_state_values(trial_id, OptunaState.COMPLETE, list(values))
 
     def note_study(self, key: str, value: Json) -> None:
         """Set the attribute `key` of the study itself."""
-        self.storage.backend.set_study_user_attr(self.study_id, key, value)
+        self.storage.direct.set_study_user_attr(self.study_id, key, value)
 
     def lose(self, trial_id: int, failure: Failure | None) -> None:
         """End a trial as lost; `failure` is its outcome where none is stored yet."""
         with self.storage.batch():
             if failure is not None:
-                self.storage.backend.set_trial_user_attr(trial_id, OUTCOME, encode_outcome(failure, {}))
-            self.storage.backend.set_trial_user_attr(trial_id, STATUS, TrialStatus.LOST.value)
-            self.storage.backend.set_trial_state_values(trial_id, OptunaState.FAIL)
+                self.storage.direct.set_trial_user_attr(trial_id, OUTCOME, encode_outcome(failure, {}))
+            self.storage.direct.set_trial_user_attr(trial_id, STATUS, TrialStatus.LOST.value)
+            self.storage.direct.set_trial_state_values(trial_id, OptunaState.FAIL)
 
     def _create(
         self, plan: Plan, state: OptunaState, user_attrs: Mapping[str, Json], system_attrs: Mapping[str, Json]
@@ -123,7 +123,7 @@ class TrialWriter:
             system_attrs=dict(system_attrs),
         )
         template.datetime_start = datetime.now() if state is OptunaState.RUNNING else None  # noqa: DTZ005 - as Optuna
-        return self.storage.backend.create_new_trial(self.study_id, template_trial=template)
+        return self.storage.direct.create_new_trial(self.study_id, template_trial=template)
 
     def _running_attrs(self, plan: Plan) -> dict[str, Json]:
         proposal = encode_plan(replace(plan, lease=self.lease))
@@ -136,9 +136,9 @@ class TrialWriter:
         there = {name: path for name, path in files.items() if Path(path).is_file()}
         ids = dict.fromkeys(files, "missing")
         if there:
-            trial = self.storage.backend.get_trial(trial_id)
+            trial = self.storage.direct.get_trial(trial_id)
             for name, path in there.items():
                 ids[name] = upload_artifact(
-                    artifact_store=self.artifacts, file_path=path, study_or_trial=trial, storage=self.storage.backend
+                    artifact_store=self.artifacts, file_path=path, study_or_trial=trial, storage=self.storage.direct
                 )
         return ids

@@ -19,7 +19,7 @@ from studies.stopping import StopReason
 from studies.storage import Storage, open_lease_book
 from tuner.campaigns.campaign import Campaign
 from tuner.campaigns.look import Looker, View, utc_now
-from tuner.campaigns.policy import Choice, Offer, choose, portion, smaller
+from tuner.campaigns.policy import NO_COST, Choice, Offer, choose, portion, smaller
 from tuner.campaigns.record import CellRecord, End, Record, Slice, SliceEnd, SliceKind, Suspect, closed
 from tuner.campaigns.slices import Order, SliceRunner
 from tuner.campaigns.standing import Cost, Standing
@@ -242,14 +242,14 @@ class CampaignRun:
         return None
 
     def _promised(self, standing: Standing) -> Cost:
-        """What the slice that runs in a cell may still take."""
+        """What the slice that runs in a cell may still take: half a trial beyond its limit (see `policy.portion`)."""
         running = self._running.get(standing.record.study) or self._orphans.get(standing.record.study)
         if running is None:
-            return Cost(device_hours=0.0, dollars=0.0)
-        hours, dollars = running.device_hours or 0.0, running.dollars or 0.0
+            return NO_COST
+        hours, dollars, trial = running.device_hours or 0.0, running.dollars or 0.0, standing.cost or NO_COST
         return Cost(
-            device_hours=max(0.0, hours - standing.spent.device_hours),
-            dollars=max(0.0, dollars - standing.spent.dollars),
+            device_hours=max(0.0, hours - standing.spent.device_hours) + trial.device_hours / 2,
+            dollars=max(0.0, dollars - standing.spent.dollars) + trial.dollars / 2,
         )
 
     def _busy(self, view: View) -> set[str]:

@@ -26,6 +26,7 @@ def make_features(count: int, rng: np.random.Generator) -> Features:
     """Candidates of 9 categories, 6 sizes and 2 loads."""
     return Features(
         configs=rng.integers(0, max(2, count // 2), count),
+        studies=np.zeros(count, dtype=np.int64),
         categories=rng.integers(0, 4, (count, 9)),
         sizes=np.log(2.0 ** rng.integers(0, 5, (count, 6))),
         loads=np.log(2.0 ** rng.integers(0, 10, (count, 2))),

@@ -1,11 +1,12 @@
 """What measurements teach the model: a Gaussian process over log(measured / predicted) of one metric.
 
 The kernel is additive and pools hierarchically. With m the number of categories (mode, engine, node
-type, precision, ...) in which two candidates differ, d_s and d_l their distances over log sizes and over log loads:
+type, precision, ...) in which two candidates differ, s = 1 where they are of two studies, else 0, d_s and d_l their
+distances over log sizes and over log loads:
 
     k = bias^2                                              what every candidate shares
-      + level^2 * rho^m                                     a level per category, alike where most categories agree
-      + trend^2 * rho^m * exp(-d_s^2 / 2 l_s^2 - d_l^2 / 2 l_l^2)   smooth in size and load
+      + level^2 * rho^m * kin^s                             a level per category, alike where most categories agree
+      + trend^2 * rho^m * kin^s * exp(-d_s^2 / 2 l_s^2 - d_l^2 / 2 l_l^2)   smooth in size and load
       + own^2 * [same configuration]                        what one configuration has to itself, whatever the load
       + noise^2 * [same observation]
 
@@ -56,11 +57,13 @@ class Features:
 
     `categories` (n, c) holds an integer code for each name, `sizes` (n, s) natural logarithms of parallel sizes and
     numeric options, `loads` (n, l) natural logarithms of the load, in total and per device. `configs` (n,) is the same
-    for candidates of the same configuration, on the same kind of node, and for no others. `doubt` (n,) multiplies how
-    wrong the model may be: 1 where it predicts as usual, more where it had to guess.
+    for candidates of the same configuration, on the same kind of node, and for no others, `studies` (n,) for those of
+    one study. `doubt` (n,) multiplies how wrong the model may be: 1 where it predicts as usual, more where it had to
+    guess.
     """
 
     configs: IntArray
+    studies: IntArray
     categories: IntArray
     sizes: FloatArray
     loads: FloatArray
@@ -82,6 +85,7 @@ class Features:
         index = np.asarray(rows)
         return Features(
             configs=self.configs[index],
+            studies=self.studies[index],
             categories=self.categories[index],
             sizes=self.sizes[index],
             loads=self.loads[index],
@@ -92,6 +96,7 @@ class Features:
         """These candidates, then those of `other`."""
         return Features(
             configs=np.concatenate([self.configs, other.configs]),
+            studies=np.concatenate([self.studies, other.studies]),
             categories=np.concatenate([self.categories, other.categories]),
             sizes=np.concatenate([self.sizes, other.sizes]),
             loads=np.concatenate([self.loads, other.loads]),
@@ -101,7 +106,7 @@ class Features:
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
-    """Standard deviations of the parts of the kernel (in log units), `rho` in (0, 1) and two length scales."""
+    """Standard deviations of the parts of the kernel (in log units), `rho` and `kin` in (0, 1), two length scales."""
 
     bias: float = 0.2
     level: float = 0.5
@@ -109,6 +114,7 @@ class Hyperparameters:
     own: float = 0.05
     noise: float = 0.06
     rho: float = 0.85
+    kin: float = 0.9
     size_scale: float = 3.0
     load_scale: float = 3.0
 
@@ -117,31 +123,42 @@ class Hyperparameters:
             value = getattr(self, item.name)
             require(value > 0, f"{item.name}={value} must be above 0")
         require(self.rho < 1, f"rho={self.rho} must be below 1")
+        require(self.kin < 1, f"kin={self.kin} must be below 1")
 
     def to_vector(self) -> FloatArray:
-        """Unconstrained coordinates: logarithms, and the logit of rho."""
-        vector = np.log(floats(astuple(self)))
-        vector[_RHO] = np.log(self.rho / (1 - self.rho))
+        """Unconstrained coordinates: logarithms, and the logits of rho and kin."""
+        values = floats(astuple(self))
+        vector = np.log(values)
+        vector[_SHARES] -= np.log1p(-values[_SHARES])
         return vector
 
     @staticmethod
     def from_vector(vector: FloatArray) -> Hyperparameters:
         """The inverse of `to_vector`."""
         values = np.exp(np.clip(vector, -12, 12))
-        values[_RHO] = values[_RHO] / (1 + values[_RHO])
+        values[_SHARES] /= 1 + values[_SHARES]
         return Hyperparameters(**dict(zip(_NAMES, values.tolist(), strict=True)))
 
 
 _NAMES = tuple(item.name for item in fields(Hyperparameters))
-_RHO = _NAMES.index("rho")
+_SHARES = [_NAMES.index("rho"), _NAMES.index("kin")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HyperPrior:
-    """Log-normal prior of the hyperparameters: a centre, and the standard deviation of each coordinate around it."""
+    """Log-normal prior of the hyperparameters: a centre, and the standard deviation of each coordinate around it.
+
+    That of `kin` is wide: how much studies of other users have in common is not known before some of them are.
+    """
 
     centre: Hyperparameters = field(default_factory=Hyperparameters)
     spread: float = 0.3
+    kin_spread: float = 1.0
+
+    @property
+    def spreads(self) -> FloatArray:
+        """The standard deviation of each coordinate."""
+        return floats([self.kin_spread if name == "kin" else self.spread for name in _NAMES])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,10 +166,11 @@ class _Distances:
     """Pairwise facts between two sets of candidates, each (a, b), and the doubts of both, (a,) and (b,).
 
     `mismatches` are small integers of one byte each: they are read more often than anything else. `same` marks pairs of
-    the same configuration.
+    the same configuration, `apart` those of two studies; None where there are none.
     """
 
     same: NDArray[np.bool_]
+    apart: NDArray[np.bool_] | None
     mismatches: NDArray[np.uint8]
     size: FloatArray
     load: FloatArray
@@ -165,8 +183,10 @@ def _squared(first: FloatArray, second: FloatArray) -> FloatArray:
 
 
 def _distances(first: Features, second: Features) -> _Distances:
+    apart = first.studies[:, None] != second.studies[None, :]
     return _Distances(
         same=first.configs[:, None] == second.configs[None, :],
+        apart=apart if apart.any() else None,
         mismatches=_mismatches(first.categories, second.categories),
         size=_squared(first.sizes, second.sizes),
         load=_squared(first.loads, second.loads),
@@ -190,6 +210,8 @@ def _parts(gap: _Distances, hyper: Hyperparameters) -> tuple[FloatArray, FloatAr
     """Bias, level, trend and own parts of the kernel; the noise is not among them."""
     doubt = np.outer(*gap.doubts)
     alike = doubt * _powers(gap, hyper)[gap.mismatches]
+    if gap.apart is not None:
+        alike = np.where(gap.apart, hyper.kin * alike, alike)
     near = np.exp((-0.5 / hyper.size_scale**2) * gap.size - (0.5 / hyper.load_scale**2) * gap.load)
     own = hyper.own**2 * doubt * gap.same
     return hyper.bias**2 * doubt, hyper.level**2 * alike, hyper.trend**2 * alike * near, own
@@ -213,6 +235,8 @@ def _kernel(gap: _Distances, hyper: Hyperparameters) -> FloatArray:
         block *= hyper.trend**2
         block += hyper.level**2
         block *= powers[gap.mismatches[at]]
+        if gap.apart is not None:
+            np.multiply(block, hyper.kin, out=block, where=gap.apart[at])
         block += hyper.bias**2
         np.add(block, hyper.own**2, out=block, where=gap.same[at])
         block *= gap.doubts[0][at, None]
@@ -406,7 +430,7 @@ def _most_probable(
     found = minimize(
         _negative_log_posterior,
         start.to_vector(),
-        args=(gap, part, centre, prior.spread),
+        args=(gap, part, centre, prior.spreads),
         jac=True,
         method="L-BFGS-B",
         options={"maxiter": 30, "ftol": 1e-5},
@@ -420,7 +444,7 @@ def _spread_out(count: int) -> IntArray:
 
 
 def _negative_log_posterior(
-    vector: FloatArray, gap: _Distances, target: FloatArray, centre: FloatArray, spread: float
+    vector: FloatArray, gap: _Distances, target: FloatArray, centre: FloatArray, spread: FloatArray
 ) -> tuple[float, FloatArray]:
     """Negative log marginal likelihood plus the prior's penalty, and its gradient."""
     value, gradient = negative_log_likelihood(Hyperparameters.from_vector(vector), gap, target)
@@ -440,6 +464,7 @@ def negative_log_likelihood(hyper: Hyperparameters, gap: _Distances, target: Flo
     value = 0.5 * float(target @ weights) + float(np.log(np.diag(lower)).sum()) + 0.5 * count * np.log(2 * np.pi)
     outer = np.outer(weights, weights) - inverse
     in_trend = outer * trend
+    in_alike = outer * level + in_trend
     gradient = -0.5 * np.array(
         [
             2 * (outer * bias).sum(),
@@ -447,7 +472,8 @@ def negative_log_likelihood(hyper: Hyperparameters, gap: _Distances, target: Flo
             2 * in_trend.sum(),
             2 * (outer * own).sum(),
             2 * hyper.noise**2 * np.trace(outer),
-            (1 - hyper.rho) * ((outer * level + in_trend) * gap.mismatches).sum(),
+            (1 - hyper.rho) * (in_alike * gap.mismatches).sum(),
+            (1 - hyper.kin) * (in_alike[gap.apart].sum() if gap.apart is not None else 0.0),
             (in_trend * gap.size).sum() / hyper.size_scale**2,
             (in_trend * gap.load).sum() / hyper.load_scale**2,
         ]

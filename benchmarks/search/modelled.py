@@ -55,6 +55,7 @@ def with_prior(table: Table, log_mean: np.ndarray, filled: np.ndarray) -> Modell
     load = np.log(table.concurrency)
     features = Features(
         configs=np.unique(np.column_stack([np.array(codes).T, *sizes]), axis=0, return_inverse=True)[1],
+        studies=np.zeros(len(table.rows), dtype=np.int64),
         categories=np.array(codes, dtype=np.int64).T,
         sizes=np.column_stack(sizes),
         loads=np.column_stack([load, load - np.log(table.gpus)]),

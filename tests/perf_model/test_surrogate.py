@@ -14,10 +14,11 @@ from perf_model.surrogate import Features, Hyperparameters, HyperPrior, conditio
 from search_spaces.errors import InvalidValueError
 
 
-def make_features(count: int, seed: int = 0, categories: int = 3) -> Features:
+def make_features(count: int, seed: int = 0, categories: int = 3, studies: int = 1) -> Features:
     rng = np.random.default_rng(seed)
     return Features(
         configs=rng.integers(0, max(2, count // 2), count),
+        studies=np.arange(count) % studies,
         categories=rng.integers(0, 3, (count, categories)),
         sizes=np.log(2.0 ** rng.integers(0, 4, (count, 2))),
         loads=np.log(2.0 ** rng.integers(0, 9, (count, 2))),
@@ -58,10 +59,10 @@ def test_mean_and_variance_are_those_of_the_textbook() -> None:
 
 
 def test_gradient_of_the_likelihood() -> None:
-    features = make_features(12)
+    features = make_features(12, studies=2)
     gap = surrogate._distances(features, features)
     target = drawn(features, Hyperparameters())
-    start = Hyperparameters(rho=0.4, size_scale=1.1).to_vector()
+    start = Hyperparameters(rho=0.4, kin=0.7, size_scale=1.1).to_vector()
 
     def value(vector: np.ndarray) -> float:
         return surrogate.negative_log_likelihood(Hyperparameters.from_vector(vector), gap, target)[0]
@@ -212,6 +213,7 @@ def test_the_kernel_is_the_sum_of_its_parts_and_solves_agree_with_plain_ones() -
     first, second = (
         Features(
             configs=rng.integers(0, 30, count),
+            studies=rng.integers(0, 2, count),
             categories=rng.integers(0, 3, (count, 4)),
             sizes=rng.normal(size=(count, 3)),
             loads=rng.normal(size=(count, 2)),
@@ -229,6 +231,7 @@ def test_the_kernel_is_the_sum_of_its_parts_and_solves_agree_with_plain_ones() -
     near = np.exp(-0.5 * gaps[0] / hyper.size_scale**2 - 0.5 * gaps[1] / hyper.load_scale**2)
     same = first.configs[:, None] == second.configs[None]
     assert same.any()
+    alike *= np.where(first.studies[:, None] == second.studies[None], 1.0, hyper.kin)
     expected = hyper.bias**2 + alike * (hyper.level**2 + hyper.trend**2 * near) + hyper.own**2 * same
     found = condition(first, np.zeros(40), hyper).covariance(first, second)
     np.testing.assert_allclose(found, expected * np.outer(first.doubt, second.doubt), rtol=1e-9)
@@ -240,3 +243,12 @@ def test_what_a_configuration_has_to_itself_is_known_under_other_loads_and_of_no
     found = condition(features.take([0]), [0.3], hyper).correct(features)
     assert found.mean == pytest.approx([0.3, 0.3, 0.0], abs=1e-3)
     assert found.stddev == pytest.approx([0.0, 0.0, 0.2], abs=2e-3)
+
+
+def test_how_much_studies_have_in_common_is_learnt_from_them() -> None:
+    features, found = make_features(80, studies=2), []
+    for kin in (0.1, 0.99):
+        truth = Hyperparameters(bias=0.1, level=0.5, trend=0.5, kin=kin)
+        found.append(fit(features, drawn(features, truth)).hyper.kin)
+    assert found[0] < 0.8
+    assert found[1] > 0.93

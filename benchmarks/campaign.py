@@ -1,6 +1,6 @@
 """Twelve small studies on one budget: a campaign against the same studies alone with equal shares.
 
-    python benchmarks/campaign.py [--seeds 3] [--hours 7] [--kills 5] [--searches 1] [--jobs 2]
+    python benchmarks/campaign.py [--seeds 3] [--hours 7 10 14 20 28 40] [--kills 5] [--searches 1] [--jobs 2]
                                   [--only transfer] [--json]
 
 EMULATED: no figure says anything of a GPU. What is real: campaign file, slices, storage, leases, the search with its
@@ -9,15 +9,23 @@ the device-hours that it costs, follow from a hidden formula (benchmarks/campaig
 world. Three models, two kinds of users and two kinds of nodes make twelve studies whose trials differ in cost by a
 factor of ten. Hypervolume is that of the measured candidates without noise, relative to the study's true front.
 
+Each campaign is run to the first budget of `--hours`, then goes on with the next one, and so do the studies alone. The
+gain is judged at the last one. Its default, 40 device-hours, is what the studies would take by default: 32 trials each
+(`budget.trials` of a study) at 0.106 device-hours, the median over the twelve of what a trial of theirs costs at the
+median (0.106, 0.109 and 0.092 in the first three worlds), times twelve is 40.7.
+
 Printed for each world and as medians over worlds:
 
-- the budget: what a campaign spent, relative to it;
+- the budget: what a campaign spent, relative to it. One that ended before because nothing was left to gain, as it is
+  meant to, counts as having met it;
 - the gain: mean hypervolume of the twelve after the same device-hours, and the device-hours after which the campaign
-  held what the studies alone held then (so many times more hypervolume per device-hour);
-- the kills, in the first world: a campaign killed with -9 again and again, against one that was not;
+  held what the studies alone held then (so many times more hypervolume per device-hour). A second figure is against
+  studies alone that end by the rule by which the campaign closes them; by default a study has no such rule;
+- the kills, in the first world with the first budget: a campaign killed with -9 again and again, against one that was
+  not;
 - transfer: measurements to 95% of the final hypervolume for six new studies, with the twelve of the campaign in their
-  storage and without. Final is the larger of the two ends, each after `--trials` measurements. Each is searched
-  `--searches` times, with seeds of its own.
+  storage, as they are after the last budget, and without. Final is the larger of the two ends, each after `--trials`
+  measurements. Each is searched `--searches` times, with seeds of its own.
 """
 
 from __future__ import annotations
@@ -36,6 +44,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -54,16 +63,18 @@ from benchmarks.campaigns.arms import (
 )
 from benchmarks.campaigns.world import Yardstick, campaign_text, keep_models, yardstick
 from tuner.campaigns.campaign import load_campaign
+from tuner.campaigns.run import NOTHING_LEFT
 from tuner.study_schema import StudyFile
 
 TARGET_GAIN, TARGET_TRANSFER, TARGET_BUDGET = 1.5, 0.5, 0.02
+HOURS = (7.0, 10.0, 14.0, 20.0, 28.0, 40.0)
 ENOUGH = 0.95
 """Share of the final hypervolume that counts as found."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is run in one world."""
+    """What is run in one world with one budget."""
 
     seed: int
     hours: float
@@ -92,13 +103,12 @@ class Gain:
 
     `alone_share` is what the studies alone held after `alone_spent`, the last moment at which they had taken no more
     than the campaign: each of twelve studies ends somewhat beyond its share of the budget, and `alone_end` tells of
-    that end.
+    that end. `hours_to_closed` and `closed_spent` compare with studies alone that end by the campaign's rule.
     """
 
     seed: int
     budget: float
     spent: float
-    over_budget: float
     reason: str
     trials: int
     share: float
@@ -108,6 +118,20 @@ class Gain:
     alone_end_spent: float
     alone_end_share: float
     alone_end_trials: int
+    closed_spent: float
+    closed_share: float
+    hours_to_closed: float | None
+
+    @property
+    def off_budget(self) -> float:
+        """How far it ended from its budget, relative to it; an end before, with nothing left to gain, is on it."""
+        off = self.spent / self.budget - 1.0
+        return max(off, 0.0) if self.reason == NOTHING_LEFT else off
+
+    @property
+    def against_closed(self) -> float:
+        """As `at_the_same`, against studies alone that end by the campaign's rule."""
+        return 0.0 if self.hours_to_closed is None else self.closed_spent / self.hours_to_closed
 
     @property
     def at_the_end(self) -> float:
@@ -170,13 +194,12 @@ def gain(plan: Plan) -> Gain:
     file = plan.file()
     rods = rods_of(file, plan.seed)
     ours = campaign_arm(file, plan.home / "campaign", plan.seed, rods)
-    alone = equal_shares(file, plan.home / "alone", plan.seed, rods)
-    then = alone.by(ours.device_hours)
+    alone, closed = equal_shares(file, plan.home / "alone", plan.seed, rods)
+    then, by_rule = alone.by(ours.device_hours), closed.by(ours.device_hours)
     return Gain(
         seed=plan.seed,
         budget=plan.hours,
         spent=ours.device_hours,
-        over_budget=ours.device_hours / plan.hours - 1.0,
         reason=ours.reason,
         trials=ours.trials,
         share=ours.share,
@@ -186,6 +209,9 @@ def gain(plan: Plan) -> Gain:
         alone_end_spent=alone.device_hours,
         alone_end_share=alone.share,
         alone_end_trials=alone.trials,
+        closed_spent=by_rule.device_hours,
+        closed_share=by_rule.share,
+        hours_to_closed=ours.hours_to(by_rule.share),
     )
 
 
@@ -273,12 +299,19 @@ def _transferred(plan: Plan, late: StudyFile, search: int) -> Transfer:
     )
 
 
-def world(plan: Plan) -> dict[str, Any]:
-    """Everything in one world, or of the transfer alone."""
-    first = [] if plan.only_transfer else kept(plan, "gain", lambda: [gain(plan)], Gain)
-    wanted = plan.kills and plan.seed == 0 and not plan.only_transfer
-    kills = kept(plan, "killed", lambda: [killed(plan)], Killed) if wanted else []
-    return {"gain": first, "killed": kills, "transfer": kept(plan, "transfer", lambda: transfer(plan), Transfer)}
+def world(plans: Sequence[Plan]) -> dict[str, Any]:
+    """Everything in one world, whose plans have growing budgets, or of the transfer alone."""
+    first, last = plans[0], plans[-1]
+    found: dict[str, Any] = {"gain": [], "killed": []}
+    for plan in () if last.only_transfer else plans:
+        found["gain"] += kept(plan, "gain", partial(_one_gain, plan), Gain)
+        if plan is first and plan.kills and plan.seed == 0:
+            found["killed"] = kept(plan, "killed", lambda: [killed(first)], Killed)
+    return {**found, "transfer": kept(last, "transfer", lambda: transfer(last), Transfer)}
+
+
+def _one_gain(plan: Plan) -> list[Gain]:
+    return [gain(plan)]
 
 
 def kept(plan: Plan, name: str, make: Callable[[], list[Any]], kind: type[Any]) -> list[Any]:
@@ -308,33 +341,39 @@ def answer(worlds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     medians = {**(_medians(gains, kills) if gains else {}), "transfer": spread(ratios)}
     return {
         "emulated": True,
-        "gains": [{**asdict(g), "at_the_end": g.at_the_end, "at_the_same": g.at_the_same} for g in gains],
+        "gains": [_with_ratios(each) for each in gains],
         "killed": [asdict(each) for each in kills],
         "transfer": [{**asdict(each), "ratio": each.ratio} for each in transfers],
         "medians": medians,
         "met": {
-            **(_met(medians, kills) if gains else {}),
+            **(_met(medians, kills, max(each.budget for each in gains)) if gains else {}),
             "transfer halves the measurements": statistics.median(ratios) <= TARGET_TRANSFER,
         },
     }
 
 
+def _with_ratios(each: Gain) -> dict[str, Any]:
+    names = ("at_the_end", "at_the_same", "against_closed", "off_budget")
+    return {**asdict(each), **{name: getattr(each, name) for name in names}}
+
+
 def _medians(gains: Sequence[Gain], kills: Sequence[Killed]) -> dict[str, dict[str, float]]:
-    budgets = [*(abs(each.over_budget) for each in gains), *(abs(each.over_budget) for each in kills)]
-    return {
-        "at_the_same": spread([each.at_the_same for each in gains]),
-        "at_the_end": spread([each.at_the_end for each in gains]),
-        "share": spread([each.share for each in gains]),
-        "alone_share": spread([each.alone_share for each in gains]),
-        "over_budget": spread(budgets),
-    }
+    """Over the worlds: the gain with each budget, and how budgets were met, over all of both."""
+    budgets = sorted({each.budget for each in gains})
+    found = {}
+    for budget in budgets:
+        there = [each for each in gains if each.budget == budget]
+        for name in ("at_the_same", "against_closed", "at_the_end", "share", "alone_share"):
+            found[f"{name}, {budget:g} device-hours"] = spread([getattr(each, name) for each in there])
+    off = [*(abs(each.off_budget) for each in gains), *(abs(each.over_budget) for each in kills)]
+    return {**found, "off_budget": spread(off)}
 
 
-def _met(medians: dict[str, dict[str, float]], kills: Sequence[Killed]) -> dict[str, bool]:
+def _met(medians: dict[str, dict[str, float]], kills: Sequence[Killed], budget: float) -> dict[str, bool]:
     sound = all(not k.measured_twice and not k.left_open and k.same_studies for k in kills)
     return {
-        "within 2% of the budget": medians["over_budget"]["greatest"] <= TARGET_BUDGET,
-        "1.5 x hypervolume per device-hour": medians["at_the_same"]["median"] >= TARGET_GAIN,
+        "within 2% of the budget": medians["off_budget"]["greatest"] <= TARGET_BUDGET,
+        "1.5 x hypervolume per device-hour": medians[f"at_the_same, {budget:g} device-hours"]["median"] >= TARGET_GAIN,
         "killed, and nothing lost or repeated": sound,
     }
 
@@ -342,15 +381,16 @@ def _met(medians: dict[str, dict[str, float]], kills: Sequence[Killed]) -> dict[
 def print_answer(found: dict[str, Any], out: TextIO) -> None:
     """For people."""
     print("EMULATED: no figure says anything of a GPU", file=out)
-    head = ("world", "spent", "of", "trials", "hypervolume", "alone", "spent", "hours to it", "x per hour", "at end")
+    head = ("world", "spent", "of", "trials", "hypervolume", "alone", "spent", "hours to it", "x per hour", "closed")
     if found["gains"]:
-        print(("{:>6}{:>8}{:>7}{:>8}{:>13}{:>8}{:>8}{:>13}{:>12}{:>8}").format(*head), file=out)
+        print(("{:>6}{:>8}{:>7}{:>8}{:>13}{:>8}{:>8}{:>13}{:>12}{:>8}  ended").format(*head), file=out)
     for row in found["gains"]:
         hours = row["hours_to_alone"]
         print(
             f"{row['seed']:>6}{row['spent']:>8.2f}{row['budget']:>7.1f}{row['trials']:>8}{row['share']:>13.1%}"
             f"{row['alone_share']:>8.1%}{row['alone_spent']:>8.2f}"
-            f"{'never' if hours is None else f'{hours:.2f}':>13}{row['at_the_same']:>12.2f}{row['at_the_end']:>8.2f}",
+            f"{'never' if hours is None else f'{hours:.2f}':>13}{row['at_the_same']:>12.2f}"
+            f"{row['against_closed']:>8.2f}  {row['reason']}",
             file=out,
         )
     for row in found["killed"]:
@@ -378,15 +418,19 @@ def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="worlds")
-    parser.add_argument("--hours", type=float, default=7.0, help="budget of a campaign in device-hours")
+    parser.add_argument(
+        "--hours",
+        type=float,
+        nargs="+",
+        default=HOURS,
+        help="budgets of a campaign in device-hours, each the last raised",
+    )
     parser.add_argument("--trials", type=int, default=14, help="measurements of a study of the transfer")
     parser.add_argument("--searches", type=int, default=1, help="of each study of the transfer")
     parser.add_argument("--only", choices=["transfer"], help="leave out gain and kills")
     parser.add_argument("--kills", type=int, default=5, help="of the first world's campaign; 0 for none")
     parser.add_argument("--jobs", type=int, default=2, help="worlds at once, each in a process")
-    parser.add_argument(
-        "--keep", type=Path, help="folder of the worlds; a run that was cut off goes on there, or one with more --hours"
-    )
+    parser.add_argument("--keep", type=Path, help="folder of the worlds; a run that was cut off goes on there")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS, metavar=("FILE", "FOLDER", "SEED", "LOG"))
     return parser.parse_args()
@@ -402,15 +446,18 @@ def main() -> int:
         return 0
     folder = str(options.keep.resolve()) if options.keep else tempfile.mkdtemp(prefix="campaign-")
     plans = [
-        Plan(
-            seed=seed,
-            hours=options.hours,
-            trials=options.trials,
-            kills=options.kills,
-            folder=folder,
-            searches=options.searches,
-            only_transfer=options.only == "transfer",
-        )
+        [
+            Plan(
+                seed=seed,
+                hours=hours,
+                trials=options.trials,
+                kills=options.kills,
+                folder=folder,
+                searches=options.searches,
+                only_transfer=options.only == "transfer",
+            )
+            for hours in sorted(options.hours)
+        ]
         for seed in range(options.seeds)
     ]
     try:

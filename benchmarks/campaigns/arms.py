@@ -12,12 +12,13 @@ from search_spaces.problem import Problem
 from studies.history import StudyHistory
 from studies.records import Proposal, TrialRecord
 from studies.spending import spent
+from studies.stopping import progress_of
 from studies.storage import Storage, open_storage
 from tuner.access import Connect
 from tuner.campaigns.campaign import Campaign, load_campaign
 from tuner.campaigns.look import View
 from tuner.campaigns.open import begin, campaign_lease
-from tuner.campaigns.run import CampaignRun
+from tuner.campaigns.run import CampaignRun, least_gain
 from tuner.campaigns.slices import SlicesHere
 from tuner.observer import Observer, Snapshot
 from tuner.places import Place, find_place
@@ -162,18 +163,36 @@ def trials_of(storage: Storage, campaign: Campaign) -> dict[str, Sequence[TrialR
     return {cell.name: StudyHistory(storage, cell.name).trials() for cell in campaign.cells}
 
 
-def equal_shares(file: Path, folder: Path, seed: int, rods: Mapping[str, Yardstick]) -> Arm:
-    """Each study alone, with its part of the budget, and nothing learnt from another."""
+def equal_shares(file: Path, folder: Path, seed: int, rods: Mapping[str, Yardstick]) -> tuple[Arm, Arm]:
+    """Each study alone, with its part of the budget, and nothing learnt from another.
+
+    Then the same as if each had ended by the rule that closes a study of the campaign.
+    """
     campaign, _ = load_campaign(file)
     budget = campaign.rules.budget.device_hours or 0.0
     share = budget / len(campaign.cells)
     place = place_at(folder)
     paths: dict[str, list[Step]] = {}
+    closed: dict[str, list[Step]] = {}
     for cell in campaign.cells:
         limits = cell.study.budget.model_copy(update={"device_hours": share})
         study = cell.study.model_copy(update={"budget": limits, "earlier_studies": "none"})
         run_alone(study, place, seed)
         paths[cell.name] = path_of(study.name, place, rods[cell.name])
+        closed[cell.name] = paths[cell.name][: _until_closed(study, place, campaign)]
+    return _alone(paths), _alone(closed)
+
+
+def _until_closed(study: StudyFile, place: Place, campaign: Campaign) -> int:
+    """Trials after which the campaign's rule would have closed a study; all of them where it would not have."""
+    trials = ended_trials(study.name, place)
+    least, patience = least_gain(study.budget, campaign)
+    counts = range(1, len(trials) + 1)
+    return next((n for n in counts if progress_of(trials[:n]).little_gain(least, patience)), len(trials))
+
+
+def _alone(paths: Mapping[str, Sequence[Step]]) -> Arm:
+    """Studies that run at once at the same pace."""
     ends = {name: path[-1] if path else Step(device_hours=0.0, share=0.0) for name, path in paths.items()}
     return Arm(
         device_hours=sum(end.device_hours for end in ends.values()),
@@ -195,13 +214,18 @@ def run_alone(study: StudyFile, place: Place, seed: int) -> None:
 
 def path_of(name: str, place: Place, rod: Yardstick) -> list[Step]:
     """The share of a study after each of its trials."""
-    trials = [t for t in StudyHistory(open_storage(place.url), name).trials() if t.ended_at]
-    ended = sorted(trials, key=lambda trial: (trial.ended_at, trial.number) if trial.ended_at else (None, 0))
+    ended = ended_trials(name, place)
     hours, path = 0.0, []
     for count, trial in enumerate(ended, start=1):
         hours += spent([trial], rod.truth.problem).device_hours
         path.append(Step(device_hours=hours, share=rod.share(ended[:count])))
     return path
+
+
+def ended_trials(name: str, place: Place) -> list[TrialRecord]:
+    """The trials of a study in the order in which they ended."""
+    trials = [t for t in StudyHistory(open_storage(place.url), name).trials() if t.ended_at]
+    return sorted(trials, key=lambda trial: (trial.ended_at, trial.number) if trial.ended_at else (None, 0))
 
 
 def together(paths: Sequence[Sequence[Step]]) -> tuple[Step, ...]:

@@ -6,7 +6,7 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +68,34 @@ class _Trial:
     short_since_s: float | None = None
 
     @property
+    def node_pools(self) -> set[str]:
+        """Those that its deployment runs on."""
+        return {pool.node_pool for pool in self.request.candidate.config.pools}
+
+    @property
     def phase(self) -> str:
         return "placement" if self.owner is None else _PHASES[self.owner.state.phase]
+
+
+def routed(queued: Sequence[_Trial], route: Callable[[_Trial], bool]) -> Iterator[_Trial]:
+    """Those of `queued`, in the order of their arrival, that `route` starts: it answers False where devices are busy.
+
+    A trial that was overtaken `MOST_OVERTAKEN` times keeps its node pools for itself; others' pools are none of its
+    business.
+    """
+    passed: list[_Trial] = []
+    kept: set[str] = set()
+    for trial in queued:
+        if trial.node_pools & kept:
+            continue
+        if route(trial):
+            for earlier in passed:
+                earlier.overtaken += bool(earlier.node_pools & trial.node_pools)
+            yield trial
+        elif trial.overtaken >= MOST_OVERTAKEN and trial.short_since_s is None:
+            kept |= trial.node_pools
+        else:
+            passed.append(trial)
 
 
 class RayTrialRunner:
@@ -224,17 +250,9 @@ class RayTrialRunner:
 
     def _route_queue(self) -> None:
         """Start what has room now, in the order of arrival as far as `MOST_OVERTAKEN` asks for it."""
-        passed: list[_Trial] = []
-        for name in tuple(self._queue):
-            trial = self._running[name]
-            if self._route(trial):
-                self._queue.remove(name)
-                for earlier in passed:
-                    earlier.overtaken += 1
-            elif trial.overtaken >= MOST_OVERTAKEN and trial.short_since_s is None:
-                return
-            else:
-                passed.append(trial)
+        queued = [self._running[name] for name in self._queue]
+        for trial in routed(queued, self._route):
+            self._queue.remove(trial.request.trial)
 
     def _route(self, trial: _Trial) -> bool:
         """Give the trial to a deployment of its configuration or start one; False where its devices are busy."""

@@ -33,10 +33,11 @@ from perf_model.surrogate import (
     HyperPrior,
     Surrogate,
     alike,
+    believing,
+    believing_alike,
     condition,
     correct_all,
     fit,
-    grown,
     interval_width,
     with_width,
 )
@@ -343,11 +344,11 @@ def _believing(surrogates: Mapping[str, Surrogate], added: Features) -> dict[str
     leaders: dict[int, Surrogate] = {}
     believed: dict[str, Surrogate] = {}
     for (metric, surrogate), correction in zip(surrogates.items(), corrections, strict=True):
-        target = np.concatenate([surrogate.log_ratio, correction.mean])
-        features = joined.setdefault(id(surrogate.features), surrogate.features.joined(added))
         if id(surrogate.factor) in leaders:
-            believed[metric] = with_width(alike(leaders[id(surrogate.factor)], target), surrogate.width)
-        else:
-            believed[metric] = grown(surrogate, features, target)
-            leaders[id(surrogate.factor)] = believed[metric]
+            believed[metric] = believing_alike(leaders[id(surrogate.factor)], correction)
+            continue
+        if id(surrogate.features) not in joined:
+            joined[id(surrogate.features)] = surrogate.features.joined(added)
+        believed[metric] = believing(correction, joined[id(surrogate.features)])
+        leaders[id(surrogate.factor)] = believed[metric]
     return believed

@@ -304,13 +304,28 @@ def correct_all(surrogates: Sequence[Surrogate], features: Features) -> tuple[Co
     Those that share their factor too (see `alike`) share all but the mean.
     """
     gaps: dict[int, _Distances] = {}
-    shares: dict[int, tuple[FloatArray, FloatArray, FloatArray]] = {}
+    sharing: dict[int, list[Surrogate]] = {}
     for surrogate in surrogates:
-        if id(surrogate.features) not in gaps:
-            gaps[id(surrogate.features)] = _distances(surrogate.features, features)
-        if id(surrogate.factor) not in shares:
-            shares[id(surrogate.factor)] = _share(surrogate, features, gaps[id(surrogate.features)])
-    return tuple(_correct(surrogate, features, shares[id(surrogate.factor)]) for surrogate in surrogates)
+        sharing.setdefault(id(surrogate.factor), []).append(surrogate)
+    found: dict[int, Correction] = {}
+    for group in sharing.values():
+        leader = group[0]
+        if id(leader.features) not in gaps:
+            gaps[id(leader.features)] = _distances(leader.features, features)
+        found |= _corrections(group, features, gaps[id(leader.features)])
+    return tuple(found[id(surrogate)] for surrogate in surrogates)
+
+
+def _corrections(group: Sequence[Surrogate], features: Features, gap: _Distances) -> dict[int, Correction]:
+    """Corrections by the surrogates of `group`, which share a factor, by their ids."""
+    cross, solved, stddev = _share(group[0], features, gap)
+    means = np.stack([surrogate.weights for surrogate in group]) @ cross
+    return {
+        id(surrogate): Correction(
+            mean=mean, stddev=surrogate.width * stddev, surrogate=surrogate, features=features, solved=solved
+        )
+        for surrogate, mean in zip(group, means, strict=True)
+    }
 
 
 def _share(surrogate: Surrogate, features: Features, gap: _Distances) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -326,17 +341,6 @@ def _half_solved(factor: FloatArray, cross: FloatArray) -> FloatArray:
     return floats(dtrsm(1.0, factor.T, cross.T, side=1, lower=0).T) if cross.size else cross
 
 
-def _correct(surrogate: Surrogate, features: Features, share: tuple[FloatArray, FloatArray, FloatArray]) -> Correction:
-    cross, solved, stddev = share
-    return Correction(
-        mean=surrogate.weights @ cross,
-        stddev=surrogate.width * stddev,
-        surrogate=surrogate,
-        features=features,
-        solved=solved,
-    )
-
-
 def alike(leader: Surrogate, log_ratio: ArrayLike) -> Surrogate:
     """The surrogate of another metric of the observations of `leader`, under its hyperparameters and outliers."""
     target = floats(log_ratio)
@@ -344,16 +348,40 @@ def alike(leader: Surrogate, log_ratio: ArrayLike) -> Surrogate:
     return replace(leader, log_ratio=target, weights=weights)
 
 
-def grown(surrogate: Surrogate, features: Features, log_ratio: ArrayLike) -> Surrogate:
-    """`surrogate` after further observations, under its hyperparameters; none of them is looked at as an outlier.
+def believing(correction: Correction, features: Features) -> Surrogate:
+    """The surrogate of `correction` as if what it corrects had been measured at its mean, by the usual noise.
 
-    `features` and `log_ratio` hold the old observations first.
+    `features` are those of the observations, then of what is believed. No mean moves, so that what is believed has no
+    weight; the factor grows by a block of rows.
     """
-    target = floats(log_ratio)
-    added = np.full(len(target) - len(surrogate.log_ratio), surrogate.hyper.noise**2)
-    noise = np.concatenate([surrogate.noise_variance, added])
-    factor, weights = _solve(_kernel(_distances(features, features), surrogate.hyper), noise, target)
-    return replace(surrogate, features=features, log_ratio=target, noise_variance=noise, factor=factor, weights=weights)
+    surrogate, known = correction.surrogate, correction.solved
+    before, count = known.shape
+    kernel = surrogate.covariance(correction.features, correction.features)
+    noise = np.full(count, surrogate.hyper.noise**2)
+    rest = kernel - known.T @ known + np.diag(noise + _jitter(kernel))
+    factor = np.zeros((before + count, before + count))
+    factor[:before, :before] = surrogate.factor
+    factor[before:, :before] = known.T
+    factor[before:, before:] = np.tril(cho_factor(rest, lower=True, check_finite=False)[0])
+    return replace(
+        surrogate,
+        features=features,
+        log_ratio=np.concatenate([surrogate.log_ratio, correction.mean]),
+        noise_variance=np.concatenate([surrogate.noise_variance, noise]),
+        factor=factor,
+        weights=np.concatenate([surrogate.weights, np.zeros(count)]),
+    )
+
+
+def believing_alike(leader: Surrogate, correction: Correction) -> Surrogate:
+    """As `believing`, of a surrogate that shares its factor with the one that became `leader`."""
+    surrogate = correction.surrogate
+    return replace(
+        leader,
+        log_ratio=np.concatenate([surrogate.log_ratio, correction.mean]),
+        weights=np.concatenate([surrogate.weights, np.zeros(len(correction.mean))]),
+        width=surrogate.width,
+    )
 
 
 def fit(

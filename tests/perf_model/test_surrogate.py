@@ -104,6 +104,21 @@ def test_knows_what_it_has_seen_and_doubts_what_is_far() -> None:
     assert abs(there.mean[0]) < abs(here.mean[0]) / 2
 
 
+def test_what_is_believed_moves_no_mean_and_counts_as_measured() -> None:
+    features, hyper = make_features(20, seed=4), Hyperparameters()
+    seen, added, others = features.take(np.arange(8)), features.take(np.arange(8, 12)), features.take(np.arange(12, 20))
+    before = condition(seen, drawn(seen, hyper), hyper)
+    correction = before.correct(added)
+    found = surrogate.believing(correction, seen.joined(added))
+    assert found.correct(others).mean == pytest.approx(before.correct(others).mean, abs=1e-9)
+    plain = condition(seen.joined(added), np.concatenate([before.log_ratio, correction.mean]), hyper)
+    assert found.factor == pytest.approx(plain.factor, abs=1e-6)
+    assert found.correct(others).stddev == pytest.approx(plain.correct(others).stddev, abs=1e-6)
+    other = surrogate.alike(before, 2 * before.log_ratio)
+    alike = surrogate.believing_alike(found, other.correct(added))
+    assert alike.correct(others).mean == pytest.approx(2 * before.correct(others).mean, abs=1e-8)
+
+
 def test_a_dozen_measurements_help_and_never_hurt_much() -> None:
     """Errors of a model that is wrong in a structured way fall; those of a perfect model stay small."""
     hyper = Hyperparameters(noise=0.03)

@@ -47,14 +47,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
 
+from benchmarks.slowed import slowed
 from cluster.placement import BundleKind, Placement, plan_placement
 from cluster.runner import Running, TrialHandle, TrialRequest
 from perf_model.predictor import Predictor
 from search_spaces.hardware import Device, DeviceKind, NodePool
-from search_spaces.metrics import LATENCIES, STATISTICS, Percentiles, ServingMetrics
-from search_spaces.outcome import Failure, FailureReason, Measurement, Outcome, Prediction
+from search_spaces.metrics import LATENCIES
+from search_spaces.outcome import Failure, FailureReason, Measurement, Outcome
 from search_spaces.problem import Problem
-from search_spaces.serving import Candidate, ServingConfig
+from search_spaces.serving import ServingConfig
 from studies.history import StudyHistory
 from studies.records import Proposal, TrialRecord, TrialStatus
 from studies.storage import open_storage
@@ -274,24 +275,10 @@ class Truth:
             return Failure(reason=FailureReason.OUT_OF_MEMORY_AT_BOOT, detail=f"emulated: {prediction.infeasible}")
         by_config = random.Random(f"{self.seed}:{request.candidate.config.key}")
         factor = math.exp(by_config.gauss(0.0, CONFIG_SPREAD) + rng.gauss(0.0, RUN_SPREAD))
-        return self._measurement(prediction, request.candidate, factor)
-
-    def _measurement(self, prediction: Prediction, candidate: Candidate, slower: float) -> Measurement:
-        said = prediction.metrics
-        rate = said["requests_per_s"] / slower
-        metrics = ServingMetrics(
-            **{f"{latency}_ms": _percentiles(said, latency, slower) for latency in LATENCIES},
-            output_tokens_per_s=said["output_tokens_per_s"] / slower,
-            input_tokens_per_s=said["input_tokens_per_s"] / slower,
-            requests_per_s=rate,
-            goodput_rps=said["goodput_rps"] / slower,
-            requests=self.requests,
-            errors=0,
-            duration_s=self.requests / rate,
-            devices=candidate.config.devices,
-            price_per_hour=said["price_per_hour"],
-        )
-        timings = {"start": self.start_s(candidate.config), "measure": self.measure_s(metrics.duration_s)}
+        factors = dict.fromkeys(LATENCIES, factor)
+        config = request.candidate.config
+        metrics = slowed(prediction.metrics, factors, requests=self.requests, devices=config.devices)
+        timings = {"start": self.start_s(config), "measure": self.measure_s(metrics.duration_s)}
         return Measurement(metrics=metrics, client_lateness_ms=0.0, timings_s=timings, emulated=True)
 
     def start_s(self, config: ServingConfig) -> float:
@@ -301,10 +288,6 @@ class Truth:
     def measure_s(self, duration_s: float) -> float:
         """Seconds of warm-up and measurement."""
         return min(MOST_MEASURE_S, max(LEAST_MEASURE_S, 1.2 * duration_s))
-
-
-def _percentiles(said: Mapping[str, float], latency: str, slower: float) -> Percentiles:
-    return Percentiles(**{name: said[f"{latency}_{name}_ms"] * slower for name in STATISTICS})
 
 
 @dataclass(kw_only=True)

@@ -21,11 +21,12 @@ import moocore
 import numpy as np
 
 import tuner.wiring
+from benchmarks.slowed import slowed
 from cluster.runner import Running, TrialHandle, TrialRequest
 from perf_model.predictor import Predictor
 from perf_model.serving_predictor import ServingPredictor
 from search_spaces.hardware import Device, NodePool
-from search_spaces.metrics import LATENCIES, STATISTICS, Direction, Percentiles, ServingMetrics
+from search_spaces.metrics import Direction
 from search_spaces.outcome import Failure, FailureReason, Measurement, Outcome, Prediction
 from search_spaces.problem import Problem
 from search_spaces.rules import infeasibility
@@ -149,26 +150,10 @@ class Truth:
         first, last = said["ttft_mean_ms"], said["e2e_mean_ms"]
         whole = (first * ttft + max(0.0, last - first) * tpot) / last
         factors = {"ttft": ttft, "tpot": tpot, "itl": tpot, "e2e": whole}
-        rate = said["requests_per_s"] / whole
-        metrics = ServingMetrics(
-            **{f"{latency}_ms": _percentiles(said, latency, factors[latency]) for latency in LATENCIES},
-            output_tokens_per_s=said["output_tokens_per_s"] / whole,
-            input_tokens_per_s=said["input_tokens_per_s"] / whole,
-            requests_per_s=rate,
-            goodput_rps=said["goodput_rps"] / whole,
-            requests=self.requests,
-            errors=0,
-            duration_s=self.requests / rate,
-            devices=candidate.config.devices,
-            price_per_hour=said["price_per_hour"],
-        )
+        metrics = slowed(said, factors, requests=self.requests, devices=candidate.config.devices)
         measure_s = min(MOST_MEASURE_S, max(LEAST_MEASURE_S, 1.2 * metrics.duration_s))
         timings = {**start, "measure": measure_s}
         return Measurement(metrics=metrics, client_lateness_ms=0.0, timings_s=timings, emulated=True)
-
-
-def _percentiles(said: Mapping[str, float], latency: str, slower: float) -> Percentiles:
-    return Percentiles(**{name: said[f"{latency}_{name}_ms"] * slower for name in STATISTICS})
 
 
 @dataclass

@@ -33,7 +33,11 @@ class StudyExistsError(TunerError):
 
 
 class StudyBusyError(TunerError):
-    """Another live process writes to the study."""
+    """Another live process writes to the study: `holder` says which and since when, empty where that is not known."""
+
+    def __init__(self, message: str, holder: str = "") -> None:
+        super().__init__(message)
+        self.holder = holder
 
 
 class LeaseLostError(TunerError):

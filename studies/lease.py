@@ -160,11 +160,13 @@ def _require_free(storage: Storage, study: str, seen: Seen) -> None:
     if record is None or record.holder is None or is_free(seen):
         return
     since = datetime.fromtimestamp(record.since_s, UTC)
+    beat = f"last heartbeat {record.age_s(seen.now_s):.0f} s ago"
+    holder = f"{record.holder} since {since:%Y-%m-%d %H:%M:%S} UTC ({beat})"
     raise StudyBusyError(
-        f"study {study!r} in {storage.url} is run by {record.holder} since {since:%Y-%m-%d %H:%M:%S} UTC "
-        f"(last heartbeat {record.age_s(seen.now_s):.0f} s ago). Follow it with: tuner study status {study}; end it "
+        f"study {study!r} in {storage.url} is run by {holder}. Follow it with: tuner study status {study}; end it "
         f"with: tuner study stop {study}. If that process is dead, its lease runs out in "
-        f"{record.left_s(seen.now_s):.0f} s: try again then"
+        f"{record.left_s(seen.now_s):.0f} s: try again then",
+        holder,
     )
 
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Literal, overload
 from search_spaces.errors import TunerError
 from search_spaces.slos import Slo
 from studies.history import StudyHistory, StudySummary, summaries
-from studies.lease import order_stop, read_lease
+from studies.lease import order_stop, read_events
 from studies.lease_record import Event
 from studies.records import TrialRecord
-from studies.storage import open_lease_book, open_storage
+from studies.storage import open_storage
 from tuner.comparison import Comparison
 from tuner.comparison import compare as compare_reports
 from tuner.importance import Importance
@@ -35,7 +35,7 @@ from tuner.prediction import Outlook, look_out
 from tuner.report import StudyReport
 from tuner.score import Scored, ranked
 from tuner.score_cli import with_slos
-from tuner.status import StudyStatus, status_of
+from tuner.status import StudyStatus, stored_status
 from tuner.stored import history_of, make_report, stored_file
 from tuner.study_file import LayeredStudy, load_layered
 from tuner.study_file import load_study_file as read_study_file
@@ -145,16 +145,11 @@ class Study:
 
     def status(self) -> StudyStatus:
         """Who runs it, its trials and the time left (`tuner study status`)."""
-        storage = self.history.storage
-        return status_of(self.name, storage.url, self.trials, read_lease(storage, self.name), self.file.budget)
+        return stored_status(self.history.storage, self.place, self.name, self.history)
 
     def logs(self, after: int = 0) -> tuple[Event, ...]:
         """What its coordinators have written behind line `after` (`tuner study logs`)."""
-        book = open_lease_book(self.history.storage)
-        try:
-            return tuple(book.events(self.name, after=after))
-        finally:
-            book.close()
+        return tuple(read_events(self.history.storage, self.name, after))
 
     def stop(self) -> str:
         """Order its coordinator to stop, wherever it runs; returns who that is (`tuner study stop --wait 0`).

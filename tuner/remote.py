@@ -57,19 +57,15 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show who runs a study, its last heartbeat, its trials and the time left."""
-    from studies.lease import read_lease
     from studies.storage import open_storage
     from tuner.places import existing_place
-    from tuner.status import status_json, status_of, status_text
-    from tuner.stored import find_history, stored_file
+    from tuner.status import status_json, status_text, stored_status
+    from tuner.stored import find_history
 
     place = existing_place(storage)
     opened = open_storage(place.url)
     require_known(opened, name)
-    history = find_history(opened, name)
-    budget = stored_file(history, place).budget if history else None
-    trials = history.trials() if history else ()
-    found = status_of(name, opened.url, trials, read_lease(opened, name), budget)
+    found = stored_status(opened, place, name, find_history(opened, name))
     print(json.dumps(status_json(found), indent=2) if as_json else status_text(found))
 
 

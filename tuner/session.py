@@ -46,6 +46,8 @@ from tuner.wording import number, slo_text
 
 FREE_TO_CHANGE = ("budget.",)
 """Keys that may differ from the stored study file: how long to search is no part of the question."""
+ENDED_BY = "the search ended: "
+"""How the log of a study says why a run of it has ended."""
 LEASE_EXPIRY_VARIABLE, LEASE_WAIT_VARIABLE = "TUNER_LEASE_EXPIRY_S", "TUNER_LEASE_WAIT_S"
 
 Stop = AbstractContextManager[Callable[[], bool]]
@@ -107,7 +109,7 @@ def run_study(
         recording = Recording(observer=observer, note_line=lease.note)
         recording.note(f"run {lease.run} of study {file.name} by process {os.getpid()} on host {socket.gethostname()}")
         ended = _run(asked, place, storage, lease, connect=connect, stop=stop, observer=recording)
-        recording.note(f"the search ended: {ended.reason or ended.stop_order or 'it was interrupted'}")
+        recording.note(f"{ENDED_BY}{ended.reason or ended.stop_order or 'it was interrupted'}")
         return ended
 
 

@@ -8,10 +8,14 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 
 from studies.codec import Json
-from studies.lease import is_free
+from studies.history import StudyHistory
+from studies.lease import is_free, read_lease
 from studies.lease_record import LeaseRecord, Seen
 from studies.records import TrialRecord, TrialStatus
 from studies.stopping import Progress, progress_of
+from studies.storage import Storage
+from tuner.places import Place
+from tuner.stored import stored_file
 from tuner.study_schema import BudgetSection
 from tuner.wording import candidate_text, duration
 
@@ -44,6 +48,13 @@ class StudyStatus:
     lease: LeaseRecord | None
     now_s: float
     eta_s: float | None
+
+
+def stored_status(storage: Storage, place: Place, name: str, history: StudyHistory | None) -> StudyStatus:
+    """The status of study `name` of `storage`; `history` is None where its first coordinator has not made it yet."""
+    trials = history.trials() if history else ()
+    budget = stored_file(history, place).budget if history else None
+    return status_of(name, storage.url, trials, read_lease(storage, name), budget)
 
 
 def status_of(

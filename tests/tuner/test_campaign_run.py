@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from studies.campaign_store import campaign_study
+from studies.campaign_store import CampaignStore, campaign_study, create_campaign
 from studies.history import StudyHistory
 from studies.lease import take_lease
 from studies.storage import open_storage
 from tests.support.commands import Invoke, commands_in, stored_rows
+from tests.tuner.test_campaign_webhooks import MESSAGE, serving
 from tuner.campaigns import start
+from tuner.campaigns.record import Record
+from tuner.campaigns.schema import WebhookSection
+from tuner.campaigns.webhooks import Post
 
 URL = "sqlite:///tuner-data/studies.db"
 CAMPAIGN = """
@@ -144,12 +149,31 @@ def test_a_detached_runner_reads_the_campaign_from_the_storage_and_gets_the_urls
     assert len(given) == 2
 
 
-def test_a_stored_campaign_is_run_by_its_name_and_its_log_is_printed(invoke: Invoke) -> None:
-    invoke("campaign", "run", "campaign.yaml", "--set", "budget={device_hours: 0.001}")
-    assert "the campaign is over already: the budget is used" in invoke("campaign", "run", "many").err
+def test_it_is_run_by_its_name_too_and_one_that_is_over_sends_what_had_not_left(invoke: Invoke, tmp_path: Path) -> None:
+    with serving(200) as server:
+        (tmp_path / "hook").write_text(server.url)
+        hook = WebhookSection(url_file=str(tmp_path / "hook"), events=["end"])
+        (tmp_path / "campaign.yaml").write_text(f"{CAMPAIGN}notify: [{{url_file: {hook.url_file}, events: [end]}}]\n")
+        assert invoke("campaign", "run", "campaign.yaml", "--set", "budget={device_hours: 0.001}").code == 0
+        assert [body["event"] for body in server.bodies] == ["end"]
+        record = Record(CampaignStore(open_storage(URL), "many"))
+        record.note_outbox(tuple(Post([hook]).parcels(replace(MESSAGE, event="end"))))
+        assert "is over already" in invoke("campaign", "run", "many").err
+        assert [body["text"] for body in server.bodies[1:]] == [MESSAGE.text]
+    assert record.memory().outbox == ()
     refused = invoke("campaign", "run", "many", "--set", "budget.cost=3")
     assert (refused.code, "'many' is none; give *.yaml" in refused.err) == (2, True)
     assert "has no campaign 'other'; it has: many" in invoke("campaign", "run", "other").err
     lines = invoke("campaign", "logs", "many").out.splitlines()
     assert any("slice 1, search in many.few" in line for line in lines)
     assert invoke("campaign", "logs", "many", "--tail", "1", "--follow").out.splitlines() == lines[-1:]
+
+
+def test_a_campaign_that_is_only_being_made_is_in_nobody_s_way(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "tuner-data").mkdir()
+    create_campaign(open_storage(URL), "many")
+    assert invoke("campaign", "list").out == "no campaigns\n"
+    asked = invoke("campaign", "status", "many")
+    assert (asked.code, "run its file again" in asked.err) == (2, True)
+    assert invoke("campaign", "run", "campaign.yaml", "--set", "budget={device_hours: 0.001}").code == 0
+    assert invoke("campaign", "list").out.startswith("many: over")

@@ -125,10 +125,13 @@ def test_what_goes_wrong_for_good_is_told_without_the_url(
     nobody = send(hook, MESSAGE, tries=2, backoff_s=0.01)
     point(hook, f"not-a-url-{SECRET}")
     unusable = send(hook, MESSAGE)
+    Path(str(hook.url_file)).unlink()
+    missing = send(hook, MESSAGE)
     texts = [refused, failed, moved, nobody, unusable]
     assert ["404" in str(refused), "500" in str(failed), "302" in str(moved)] == [True] * 3
     assert "was not reached" in str(nobody)
     assert "no http or https URL" in str(unusable)
+    assert "cannot be read (FileNotFoundError); write the URL, as text, to a file" in str(missing)
     for text in (*texts, caplog.text):
         assert "very-secret" not in str(text)
 

@@ -19,13 +19,17 @@ import httpx
 from starlette.testclient import TestClient
 
 from search_spaces.errors import InvalidValueError
+from studies.history import StudyHistory
 from studies.lease import take_lease
 from studies.storage import open_storage
 from tests.support.commands import TEXT
 from tests.support.served import READ, TOKENS, WRITE, service, toy_storage
 from tests.support.served import client as asking
-from tuner.serve import answers
+from tuner.report import StudyReport
+from tuner.serve import answers, following
 from tuner.serve.access import BODY_LIMIT_BYTES, Right, Tokens, find_tokens, require_safe
+from tuner.stored import make_report
+from tuner.study_schema import StudyFile
 
 OPEN = {"/", "/health"}
 ASKED = "name: asked\nobjectives: [output_tokens_per_s, ttft_p50_ms]\n" + TEXT.split("\n", 2)[2].replace(
@@ -217,6 +221,24 @@ def test_reports_are_sandboxed_files(url: str) -> None:
     text = asked.get("/api/v1/studies/toy/report.md")
     assert (text.headers["content-type"].split(";")[0], text.text[0]) == ("text/markdown", "#")
     assert asked.get("/api/v1/studies").headers["content-security-policy"].startswith("default-src 'none'")
+
+
+def test_a_follower_asks_for_a_report_only_where_a_trial_has_changed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def counted(history: StudyHistory, file: StudyFile) -> StudyReport:
+        made.append(history.name)
+        return make_report(history, file)
+
+    monkeypatch.setattr(following, "make_report", counted)
+    seen = following._Seen(service=service(url), name="toy")
+    first = seen.news()
+    assert (first.count("event: trial"), first.count("event: front"), first.count("event: status")) == (5, 1, 1)
+    assert seen.news() == seen.news() == ""
+    assert len(made) == 1
+    del seen._marks[2]  # as if it had been running
+    again = seen.news()
+    assert (again.count("event: trial"), again.count("event: front"), len(made)) == (1, 0, 2)
 
 
 def test_trials_are_streamed_and_so_many_at_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

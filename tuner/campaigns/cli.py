@@ -91,11 +91,11 @@ def resume(
 @campaign_app.command("list")
 def list_campaigns(storage: StorageOption = None, as_json: AsJson = False) -> None:
     """List the campaigns of a storage."""
-    from studies.campaign_store import campaign_names
+    from tuner.campaigns.open import begun
     from tuner.campaigns.status import spent_text, status_json
 
     _, opened = _existing(storage)
-    found = [_status(opened, name) for name in campaign_names(opened)]
+    found = [_status(opened, name) for name in begun(opened)]
     if as_json:
         _print([status_json(status) for status in found])
         return

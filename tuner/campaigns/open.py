@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from search_spaces.errors import TunerError
-from studies.campaign_store import CampaignStore, campaign_study, create_campaign
-from studies.errors import StudyBusyError
+from studies.campaign_store import CampaignStore, campaign_names, campaign_study, create_campaign
+from studies.errors import StudyBusyError, StudyNotFoundError
 from studies.lease import Lease, take_lease
 from studies.storage import Storage
 from tuner.campaigns.campaign import Campaign, check_same_cells, dump_rules
@@ -32,16 +32,11 @@ def campaign_lease(storage: Storage, name: str) -> Iterator[Lease]:
         lease = take_lease(storage, campaign_study(name), lease_times(), wait_s=lease_wait_s())
     except StudyBusyError as error:
         raise CampaignBusyError(
-            f"campaign {name!r} is run already: {_holder(str(error))}. Follow it with: tuner campaign status {name}; "
+            f"campaign {name!r} is run already: {error.holder or error}. Follow it with: tuner campaign status {name}; "
             f"end it with: tuner campaign stop {name}"
         ) from error
     with lease:
         yield lease
-
-
-def _holder(message: str) -> str:
-    """The part of a busy study's message that says who has it."""
-    return message.partition(" is run by ")[2].partition(". Follow")[0] or message
 
 
 def job_of(name: str) -> Job:
@@ -79,9 +74,17 @@ def reopen(record: Record) -> None:
         record.note_end(None)
 
 
+def begun(storage: Storage) -> tuple[str, ...]:
+    """Names of the campaigns of `storage`, but for those that are only just being made."""
+    return tuple(name for name in campaign_names(storage) if Record(CampaignStore(storage, name)).is_begun)
+
+
 def existing(storage: Storage, name: str) -> Record:
     """The record of a campaign that was begun; raises `StudyNotFoundError`."""
-    return Record(CampaignStore(storage, name))
+    record = Record(CampaignStore(storage, name))
+    if not record.is_begun:
+        raise StudyNotFoundError(f"campaign {name!r} is being made, or its making was cut off; run its file again")
+    return record
 
 
 def whoami() -> str:

@@ -14,9 +14,9 @@ from datetime import datetime
 from typing import Protocol
 
 from studies.errors import StudyBusyError
-from studies.lease import Lease, is_free, read_lease, take_lease
+from studies.lease import Lease, is_free, read_events, read_lease, take_lease
 from studies.stopping import StopReason
-from studies.storage import Storage, open_lease_book
+from studies.storage import Storage
 from tuner.campaigns.campaign import Campaign
 from tuner.campaigns.look import Looker, View, utc_now
 from tuner.campaigns.policy import NO_COST, Choice, Offer, choose, portion, smaller
@@ -28,14 +28,12 @@ from tuner.deploy.archives import attach_deployments
 from tuner.observer import Observer
 from tuner.places import Place
 from tuner.report_dashboard import publish
-from tuner.session import Again, lease_times
+from tuner.session import ENDED_BY, Again, lease_times
 from tuner.stored import make_report
 from tuner.study_schema import BudgetSection, StudyFile
 
 ORDERS_S = 1.0
 """How often orders of others are looked for."""
-ENDED_BY = "the search ended: "
-"""How the log of a study says why a run of it has ended (see `tuner.session`)."""
 BUDGET_USED = "the budget is used"
 NOTHING_LEFT = "nothing is left to gain: every study is closed"
 HOPELESS = "nothing is expected to meet its SLOs"
@@ -453,11 +451,7 @@ class CampaignRun:
 
     def _reason_of(self, study: str) -> str:
         """Why the last run of `study` ended, as its log has it."""
-        book = open_lease_book(self.storage)
-        try:
-            lines = [event.text for event in book.events(study)[-20:]]
-        finally:
-            book.close()
+        lines = [event.text for event in read_events(self.storage, study)[-20:]]
         found = [line.removeprefix(ENDED_BY) for line in lines if line.startswith(ENDED_BY)]
         return found[-1] if found else "its log does not say why"
 

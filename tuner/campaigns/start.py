@@ -34,12 +34,7 @@ def run_campaign(
     observer: CampaignObserver,
 ) -> str | None:
     """Begin `campaign`, or go on with it, and return why it is over; None where it was stopped."""
-    record = begin(storage, campaign)
-    ended = record.memory().ended
-    if ended is not None:
-        observer.note(f"the campaign is over already: {ended.reason}; raise its budget to go on")
-        return ended.reason
-    hooks = campaign.rules.notify
+    record, hooks = begin(storage, campaign), campaign.rules.notify
     herald = Herald(record=record, post=Post(hooks), note=observer.note) if hooks else None
     run = CampaignRun(
         campaign=record.campaign(),
@@ -55,9 +50,13 @@ def run_campaign(
     if isinstance(run.slices, SlicesHere):
         run.slices.stop_requested = run.is_halted
     try:
-        return run.run()
+        ended = record.memory().ended
+        if ended is None:
+            return run.run()
+        observer.note(f"the campaign is over already: {ended.reason}; raise its budget to go on")
+        return ended.reason
     finally:
-        if herald is not None:
+        if herald is not None:  # what the runner before could not send leaves even where there is nothing to run
             herald.close()
 
 

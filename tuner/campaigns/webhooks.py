@@ -77,7 +77,10 @@ def url_of(hook: WebhookSection) -> str:
         try:
             url = Path(str(hook.url_file)).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise InvalidValueError(f"webhook {name_of(hook)} cannot be read ({type(error).__name__})") from error
+            raise InvalidValueError(
+                f"webhook {name_of(hook)} cannot be read ({type(error).__name__}); write the URL, as text, to a file "
+                "of the runner's machine that it may read"
+            ) from error
     if not url.startswith(("http://", "https://")):
         raise InvalidValueError(f"webhook {name_of(hook)} holds no http or https URL; put the whole URL there")
     return url

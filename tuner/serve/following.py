@@ -19,14 +19,13 @@ from starlette.concurrency import run_in_threadpool
 
 from search_spaces.errors import TunerError
 from studies.codec import Json
-from studies.lease import is_free, read_lease
+from studies.lease import is_free, read_events, read_lease
 from studies.lease_record import Event
 from studies.records import TrialRecord
-from studies.storage import open_lease_book
 from tuner.remote import require_known
 from tuner.report import StudyReport, configuration_text, metrics_of
 from tuner.serve.context import Service, finite
-from tuner.status import StudyStatus, status_json, status_of
+from tuner.status import StudyStatus, status_json, stored_status
 from tuner.stored import make_report, stored_file
 
 FOLLOW_S = 1.0
@@ -65,19 +64,7 @@ class Streams:
 def status_of_study(service: Service, name: str) -> StudyStatus:
     """The status of a study, also of one whose first coordinator has not made it yet."""
     require_known(service.storage, name)
-    history = service.find_history(name)
-    budget = stored_file(history, service.place).budget if history else None
-    trials = history.trials() if history else ()
-    return status_of(name, service.storage.url, trials, read_lease(service.storage, name), budget)
-
-
-def events_of(service: Service, name: str, after: int) -> list[Event]:
-    """Lines of a study's log behind number `after`."""
-    book = open_lease_book(service.storage)
-    try:
-        return book.events(name, after=after)
-    finally:
-        book.close()
+    return stored_status(service.storage, service.place, name, service.find_history(name))
 
 
 def event_json(event: Event) -> dict[str, Json]:
@@ -127,7 +114,7 @@ async def followed_lines(request: Request, service: Service, name: str, after: i
     told_s = time.monotonic()
     while not await request.is_disconnected():
         ended = is_free(await run_in_threadpool(read_lease, service.storage, name))
-        for event in await run_in_threadpool(events_of, service, name, after):
+        for event in await run_in_threadpool(read_events, service.storage, name, after):
             after, told_s = event.number, time.monotonic()
             yield f"id: {event.number}\ndata: {json.dumps(event_json(event))}\n\n"
         if ended:
@@ -175,11 +162,11 @@ class _Seen:
         history = self.service.find_history(self.name)
         found: list[str] = []
         if history is not None:
-            report = make_report(history, stored_file(history, self.service.place))
-            changed = [trial for trial in report.trials if self._marks.get(trial.number) != _mark(trial)]
+            changed = [trial for trial in history.trials() if self._marks.get(trial.number) != _mark(trial)]
             self._marks |= {trial.number: _mark(trial) for trial in changed}
-            found += [_event("trial", progress_json(trial, report)) for trial in changed]
-            if changed or not self._told:
+            if changed or not self._told:  # a report is dear: once a second, and for each follower
+                report = make_report(history, stored_file(history, self.service.place))
+                found += [_event("trial", progress_json(trial, report)) for trial in changed]
                 found += self._unless_told("front", points_json(report))
         found += self._unless_told("status", self._status())
         return "".join(found)

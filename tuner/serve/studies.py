@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 
 from studies.history import our_names
-from studies.lease import is_free, read_lease
+from studies.lease import is_free, read_events, read_lease
 from tuner import report
 from tuner.remote import require_known
 from tuner.report_html import report_html
@@ -27,7 +27,7 @@ from tuner.serve.context import (
     report_of,
     told,
 )
-from tuner.serve.following import Streams, event_json, events_of, followed_lines, followed_trials, status_of_study
+from tuner.serve.following import Streams, event_json, followed_lines, followed_trials, status_of_study
 from tuner.status import status_json
 
 _REPORT_POLICY = (
@@ -136,7 +136,7 @@ def status(service: TheService, name: Name) -> JSONResponse:
 def events(service: TheService, name: Name, after: After = 0) -> JSONResponse:
     """What the coordinators of a study have written, line by line."""
     require_known(service.storage, name)
-    return as_json([event_json(event) for event in events_of(service, name, after)])
+    return as_json([event_json(event) for event in read_events(service.storage, name, after)])
 
 
 @router.get("/studies/{name}/events/stream", responses=NOT_FOUND | _STREAM, response_class=EventResponse)

@@ -12,6 +12,7 @@ import typer
 
 from search_spaces.errors import TunerError
 from tuner.campaigns.cli import campaign_app
+from tuner.cli_options import Address, AsJson, Detach, FileStorageOption, NoProgress, Overrides, StorageOption
 from tuner.compare_cli import compare_command
 from tuner.config_cli import config_app, profiles_app
 from tuner.deploy.command import bench, confirm, deploy
@@ -58,20 +59,6 @@ app.command("deploy")(deploy)
 app.command("bench")(bench)
 app.command("serve")(serve)
 
-Storage = Annotated[
-    str | None,
-    typer.Option("--storage", help="Storage URL; the study file's, TUNER_STORAGE or ./tuner-data by default."),
-]
-Address = Annotated[
-    str | None,
-    typer.Option("--address", envvar="RAY_ADDRESS", help="Ray cluster to join; a local one is started by default."),
-]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a key of the study file: --set budget.trials=8.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-NoProgress = Annotated[bool, typer.Option("--no-progress", help="Print one line per event instead of a live view.")]
-Detach = Annotated[bool, typer.Option("--detach", help="Run it on the Ray cluster and return at once.")]
 Name = Annotated[str, typer.Argument(help="Name of a study.")]
 
 
@@ -106,7 +93,7 @@ def run(
     file: Annotated[Path, typer.Argument(help="A study file (YAML).")],
     address: Address = None,
     overrides: Overrides = None,
-    storage: Storage = None,
+    storage: FileStorageOption = None,
     as_json: AsJson = False,
     no_progress: NoProgress = False,
     detached: Detach = False,
@@ -135,7 +122,7 @@ def resume(
     study: Annotated[str, typer.Argument(help="Name of a study, or its study file.")],
     address: Address = None,
     overrides: Overrides = None,
-    storage: Storage = None,
+    storage: FileStorageOption = None,
     as_json: AsJson = False,
     no_progress: NoProgress = False,
     detached: Detach = False,
@@ -159,7 +146,7 @@ def resume(
 
 
 @study_app.command("list")
-def list_studies(storage: Storage = None, as_json: AsJson = False) -> None:
+def list_studies(storage: StorageOption = None, as_json: AsJson = False) -> None:
     """List the studies of a storage."""
     from studies.history import summaries
     from studies.storage import open_storage
@@ -170,7 +157,7 @@ def list_studies(storage: Storage = None, as_json: AsJson = False) -> None:
 
 
 @study_app.command("show")
-def show(name: Name, storage: Storage = None, as_json: AsJson = False) -> None:
+def show(name: Name, storage: StorageOption = None, as_json: AsJson = False) -> None:
     """Show a study: counts, best trials, failures with the engine's last lines, and how good the model is."""
     from tuner import report
 
@@ -181,7 +168,7 @@ def show(name: Name, storage: Storage = None, as_json: AsJson = False) -> None:
 @study_app.command("pareto")
 def pareto(
     name: Name,
-    storage: Storage = None,
+    storage: StorageOption = None,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
 ) -> None:
@@ -199,7 +186,7 @@ def pareto(
 
 @app.command("dashboard")
 def dashboard(
-    storage: Storage = None,
+    storage: StorageOption = None,
     port: Annotated[int, typer.Option(help="Port on this machine; 0 for a free one.", min=0, max=65535)] = 8080,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
 ) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tuner.cli_options import AsJson, StorageOption
+
 if TYPE_CHECKING:
     from studies.history import StudyHistory
     from tuner.places import Place
@@ -22,8 +24,8 @@ def compare_command(
         list[str] | None, typer.Option("--slo", help="Change an SLO of the first study: METRIC=THRESHOLD, METRIC=none.")
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Where to write the page.")] = None,
-    storage: Annotated[str | None, typer.Option("--storage", help="Storage URL.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    storage: StorageOption = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare studies of a storage by what they measured; prints tables and writes a page."""
     from tuner.compare_causes import explained, questions

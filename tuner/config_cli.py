@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tuner.cli_options import AsJson, Overrides
+
 if TYPE_CHECKING:
     from tuner.layers import KeyPath
     from tuner.layers_file import Layer
@@ -19,7 +21,6 @@ profiles_app = typer.Typer(help="Layers that a study file chooses by name.", no_
 
 SCHEMA = "default"
 """Stands where no layer sets a value: the schema's own default does."""
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Folders = Annotated[
     list[Path] | None, typer.Option("--layers", help="A folder of your own layers; TUNER_LAYERS names more.")
 ]
@@ -28,7 +29,7 @@ Folders = Annotated[
 @config_app.command("show")
 def show(
     file: Annotated[Path, typer.Argument(help="A study file (YAML).")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set budget.trials=8.")] = None,
+    overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Print every value of FILE with the layer that set it."""

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from tuner.cli_options import AsJson, StorageOption
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -53,8 +55,8 @@ def importance_command(
         Literal["auto", "fanova", "ped-anova"],
         typer.Option("--evaluator", help="fANOVA needs scikit-learn; auto takes PED-ANOVA without it."),
     ] = "auto",
-    storage: Annotated[str | None, typer.Option("--storage", help="Storage URL.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    storage: StorageOption = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show how much each parameter matters to each objective, measured and as the model sees it."""
     from tuner.places import existing_place

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tuner.cli_options import AsJson, Overrides
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -16,7 +18,6 @@ perf_app = typer.Typer(help="Operation tables of the performance model, and how 
 TablesOption = Annotated[
     Path | None, typer.Option("--tables", help="Directory of operation tables; the installed public ones by default.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @perf_app.command("validate")
@@ -107,7 +108,7 @@ def collect(
         typer.Option(help="steps (CPU nodes); gemm,attention,memory,collectives (GPU nodes); all by default."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Default options and fewer shapes only.")] = False,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the study file.")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Measure operation tables on the nodes of a cluster; what was measured before is kept, and not measured again."""
     from tuner.collect_view import CollectView

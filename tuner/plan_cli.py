@@ -13,6 +13,7 @@ import typer
 
 from search_spaces.errors import InvalidValueError, TunerError
 from search_spaces.metrics import METRICS, Direction
+from tuner.cli_options import AsJson, StorageOption
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -68,8 +69,8 @@ def plan_command(  # noqa: PLR0913, PLR0917 - a parameter is an option of the co
     predicted: Annotated[
         int, typer.Option("--predicted", min=0, help="Configurations of the space to predict beside measured ones.")
     ] = 0,
-    storage: Annotated[str | None, typer.Option("--storage", help="Storage URL.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    storage: StorageOption = None,
+    as_json: AsJson = False,
 ) -> None:
     """Plan capacity from the measured deployments of a study: copies, nodes, cost, headroom and latencies."""
     from tuner.places import existing_place

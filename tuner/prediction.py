@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tuner.cli_options import AsJson
+
 if TYPE_CHECKING:
     from perf_model.accounts import Account
     from perf_model.serving_predictor import ServingPredictor
@@ -64,7 +66,7 @@ def predict(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key: --set workload.concurrency=64.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     top: Annotated[int, typer.Option("--top", min=0, help="Best configurations to show.")] = 5,
     calibration: Annotated[
         str | None, typer.Option(help="Corrections for GPU engines: none, shipped, or the file of a prior.")

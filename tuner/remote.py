@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from search_spaces.errors import TunerError
+from tuner.cli_options import AsJson, Follow, StorageOption, Tail, WaitS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,9 +39,6 @@ class Job:
         return cls(kind="study", name=name, lease=name)
 
 
-StorageOption = Annotated[
-    str | None, typer.Option("--storage", help="Storage URL; TUNER_STORAGE or ./tuner-data by default.")
-]
 Name = Annotated[str, typer.Argument(help="Name of a study.")]
 
 
@@ -54,7 +52,7 @@ def add_commands(app: typer.Typer) -> None:
 def status(
     name: Name,
     storage: StorageOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show who runs a study, its last heartbeat, its trials and the time left."""
     from studies.storage import open_storage
@@ -72,8 +70,8 @@ def status(
 def logs(
     name: Name,
     storage: StorageOption = None,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the study is not run any more.")] = False,
-    tail: Annotated[int | None, typer.Option("--tail", min=0, help="Only the last lines.")] = None,
+    follow: Follow = False,
+    tail: Tail = None,
 ) -> None:
     """Print what the coordinators of a study have written."""
     from studies.storage import open_storage
@@ -87,7 +85,7 @@ def logs(
 def stop(
     name: Name,
     storage: StorageOption = None,
-    wait_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for the end; 0 not to wait.")] = 120.0,
+    wait_s: WaitS = 120.0,
 ) -> None:
     """Order the coordinator of a study to stop, wherever it runs; what it has measured stays, and a resume goes on."""
     from studies.storage import open_storage

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from search_spaces.errors import InvalidValueError
+from tuner.cli_options import StorageOption
 
 if TYPE_CHECKING:
     from tuner.report import StudyReport
@@ -22,7 +23,7 @@ def report_command(
     ] = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown, on stdout without --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, on stdout without --out.")] = False,
-    storage: Annotated[str | None, typer.Option("--storage", help="Storage URL, as for the other commands.")] = None,
+    storage: StorageOption = None,
 ) -> None:
     """Write the report of a study: one HTML file that opens without a network, or Markdown or JSON."""
     from tuner.places import existing_place

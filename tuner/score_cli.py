@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from search_spaces.errors import InvalidValueError
+from tuner.cli_options import AsJson, StorageOption
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,8 +34,8 @@ def rescore(
         list[str] | None, typer.Option("--by", help="Objectives of the score; the study's by default.")
     ] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Configurations to show.")] = 20,
-    storage: Annotated[str | None, typer.Option("--storage", help="Storage URL.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    storage: StorageOption = None,
+    as_json: AsJson = False,
 ) -> None:
     """Rank the measured configurations of a study under other SLOs; nothing is measured, and nothing is written."""
     from tuner.places import existing_place

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tuner.cli_options import AsJson, StorageOption
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -26,8 +28,8 @@ def whatif(
         ),
     ] = None,
     trial: Annotated[str, typer.Option("--trial", help="The trial to start from: its number, or best.")] = "best",
-    storage: Annotated[str | None, typer.Option("--storage", help="Storage URL.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    storage: StorageOption = None,
+    as_json: AsJson = False,
 ) -> None:
     """Ask the model that a study has corrected for something else; nothing is measured, and nothing is written."""
     from tuner.places import existing_place

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from search_spaces.errors import InvalidValueError
+from tuner.cli_options import Address, AsJson, Detach, FileStorageOption, Follow, NoProgress, StorageOption, Tail, WaitS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -26,20 +27,9 @@ if TYPE_CHECKING:
 
 FOLLOW_S = 2.0
 
-StorageOption = Annotated[
-    str | None,
-    typer.Option("--storage", help="Storage URL; the campaign file's, TUNER_STORAGE or ./tuner-data by default."),
-]
-Address = Annotated[
-    str | None,
-    typer.Option("--address", envvar="RAY_ADDRESS", help="Ray cluster to join; a local one is started by default."),
-]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override a rule of the campaign: --set budget.device_hours=8.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-NoProgress = Annotated[bool, typer.Option("--no-progress", help="Print one line per event instead of a live view.")]
-Detach = Annotated[bool, typer.Option("--detach", help="Run it on the Ray cluster and return at once.")]
 Name = Annotated[str, typer.Argument(help="Name of a campaign.")]
 
 campaign_app = typer.Typer(help="Run many studies on one budget, for weeks if need be.", no_args_is_help=True)
@@ -52,7 +42,7 @@ def run(
     ],
     address: Address = None,
     overrides: Overrides = None,
-    storage: StorageOption = None,
+    storage: FileStorageOption = None,
     as_json: AsJson = False,
     no_progress: NoProgress = False,
     detached: Detach = False,
@@ -112,7 +102,7 @@ def status(
     name: Name,
     storage: StorageOption = None,
     as_json: AsJson = False,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until it is not run any more.")] = False,
+    follow: Follow = False,
 ) -> None:
     """Show how a campaign stands: its studies, pools, spending, best so far and failures."""
     from rich.console import Console
@@ -157,7 +147,7 @@ def pause(name: Name, storage: StorageOption = None) -> None:
 def stop(
     name: Name,
     storage: StorageOption = None,
-    wait_s: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for the end; 0 not to wait.")] = 120.0,
+    wait_s: WaitS = 120.0,
 ) -> None:
     """Order the runner of a campaign to end, wherever it is; what was measured stays, and a resume goes on."""
     from tuner.campaigns.open import existing, job_of
@@ -172,8 +162,8 @@ def stop(
 def logs(
     name: Name,
     storage: StorageOption = None,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until it is not run any more.")] = False,
-    tail: Annotated[int | None, typer.Option("--tail", min=0, help="Only the last lines.")] = None,
+    follow: Follow = False,
+    tail: Tail = None,
 ) -> None:
     """Print what the runners of a campaign have written; what its studies say is in their own logs."""
     from tuner.campaigns.open import existing, job_of

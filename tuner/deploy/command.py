@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from search_spaces.errors import TunerError
+from tuner.cli_options import AsJson, StorageOption
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,8 +63,8 @@ def deploy(  # noqa: PLR0913, PLR0917 - a parameter is an option of the command
     router_image: Annotated[
         str | None, typer.Option("--router-image", help="Image of the router; that of this package by default.")
     ] = None,
-    storage: Annotated[str | None, typer.Option("--storage", help="Storage URL, as for tuner study.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    storage: StorageOption = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write what starts a measured configuration, exactly as it was measured."""
     from tuner.deploy.chosen import choose
@@ -97,7 +98,7 @@ def bench(
         int | None, typer.Option("--seed", min=0, help="Other prompts and arrivals; those of the trial by default.")
     ] = None,
     timings: Annotated[Path | None, typer.Option("--timings", help="Keep raw timings in this Parquet file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Put the load of a measured trial on a server, and show what comes out beside what was measured."""
     from tempfile import TemporaryDirectory
@@ -125,8 +126,8 @@ def confirm(
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=2, help="Runs of each client.")] = 3,
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="First port of the deployments.")] = 8000,
-    storage: Annotated[str | None, typer.Option("--storage", help="Storage URL, as for the other commands.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    storage: StorageOption = None,
+    as_json: AsJson = False,
 ) -> None:
     """Deploy the front on this machine, and measure it again with the built-in client and with AIPerf."""
     from cluster.load.aiperf import find_aiperf

@@ -10,12 +10,11 @@ from typing import Annotated
 import typer
 
 from search_spaces.errors import InvalidValueError, TunerError
+from tuner.cli_options import StorageOption
 
 
 def serve(
-    storage: Annotated[
-        str | None, typer.Option("--storage", help="Storage URL; TUNER_STORAGE or ./tuner-data by default.")
-    ] = None,
+    storage: StorageOption = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; one that other machines reach needs a token.")
     ] = "127.0.0.1",

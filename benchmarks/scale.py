@@ -1,6 +1,6 @@
 """A study of 2,000 trials on 1,000 accelerators: what the coordinator costs, and whether it keeps the nodes busy.
 
-    python benchmarks/scale.py [--trials 2000] [--nodes 125] [--parallel 160] [--speed-up 1] [--seed 0] [--json]
+    python benchmarks/scale.py [--trials 2000] [--nodes 125] [--parallel 200] [--speed-up 1] [--seed 0] [--json]
         [--clock wall|cpu] [--most-minutes 60]
 
 What is real: the study file, its space and rules, the performance model and what it learns, the screen and NSGA-II, the
@@ -734,7 +734,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=2000)
     parser.add_argument("--nodes", type=int, default=125)
-    parser.add_argument("--parallel", type=int, default=160, help="trials at once; more than fit, so that some wait")
+    parser.add_argument("--parallel", type=int, default=200, help="trials at once; more than fit, so that some wait")
     parser.add_argument("--speed-up", type=float, default=1.0, help="of start-up and measurement")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--most-minutes", type=float, default=1440.0, help="stop then, with what was told so far")

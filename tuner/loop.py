@@ -62,6 +62,7 @@ class LearningModel:
         self._open: dict[int, Candidate] = {}
         self._believed: frozenset[int] = frozenset()
         self._known: frozenset[int] = frozenset()
+        self._running = 0
 
     @property
     def _predictor(self) -> CalibratedPredictor:
@@ -82,7 +83,7 @@ class LearningModel:
     def learn(self, trials: Sequence[TrialRecord]) -> None:
         """Calibrate anew on the measured `trials`, and believe what is predicted of those being measured."""
         measured = {trial.number for trial in trials if trial.measurement}
-        is_behind = len(measured - self._known) > max(len(self._known) // LEARNT_ANEW, len(self._open) // SHARE)
+        is_behind = len(measured - self._known) > max(len(self._known) // LEARNT_ANEW, self._running // SHARE)
         if not self._known or is_behind or not self._known <= measured:  # earlier studies teach before the first trial
             ended = sorted((t for t in trials if t.measurement), key=_end_s)
             known = [
@@ -95,10 +96,11 @@ class LearningModel:
     def believe(self, trials: Sequence[TrialRecord]) -> None:
         """Take what is being measured among `trials` for measured as predicted, so that nothing alike is asked.
 
-        Where very many are, a few that began or ended make no difference.
+        Where very many are, a few that began or ended make no difference (see `studies.stock`).
         """
         self._open = {t.number: t.candidate for t in trials if t.candidate and self._is_open(t)}
-        if len(self._open.keys() ^ self._believed) > len(self._open) // SHARE:
+        self._running = sum(trial.status is TrialStatus.RUNNING for trial in trials)
+        if len(self._open.keys() ^ self._believed) > self._running // SHARE:
             self._believing = None
 
     def _is_open(self, trial: TrialRecord) -> bool:

@@ -22,8 +22,10 @@ CONFIRMING_SHARE = 1 / 3
 NO_COST = Cost(device_hours=0.0, dollars=0.0)
 SLACK = 1.5
 """A slice may take this much more than its trials are expected to."""
-MISSED = 0.01
-"""Share of the budget by which a campaign may end beyond it, or before it where no trial fits into what is left."""
+OVER, NEAR = 0.005, 0.015
+"""Shares of the budget: how far a campaign may end beyond it on purpose, and what may be left where no trial fits."""
+DEARER = 1.5
+"""A trial may take so many times what the dearest one of the last ones of its study took."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,16 +177,16 @@ class Tail:
     @property
     def room(self) -> Purse:
         """What may be taken without ending too far beyond the budget."""
-        return self.left.with_share(MISSED, self.total)
+        return self.left.with_share(OVER, self.total)
 
     def fitting(self, able: Sequence[Standing], guess: Cost) -> list[Standing]:
-        """Of `able` studies those whose dearest trial fits.
+        """Of `able` studies those of which every trial is expected to fit.
 
         Where there are none, the one that is expected to end nearest to the budget; nobody where its end is near
         enough already, or where not to begin is nearer.
         """
         found = [standing for standing in able if self.room.holds(dearest(standing, guess))]
-        if found or not able or self.left.is_within(MISSED, self.total):
+        if found or not able or self.left.is_within(NEAR, self.total):
             return found
         nearest = min(able, key=lambda standing: self.left.misses(standing.costs or (guess,)))
         return [nearest] if self.left.misses(nearest.costs or (guess,)) < 1.0 else []
@@ -199,11 +201,11 @@ class Tail:
 
 
 def dearest(standing: Standing, guess: Cost) -> Cost:
-    """The most that one of its last trials has taken, limit by limit."""
+    """The most that a trial of a study is expected to take, limit by limit."""
     costs = standing.costs or (guess,)
     return Cost(
-        device_hours=max(cost.device_hours for cost in costs),
-        dollars=max(cost.dollars for cost in costs),
+        device_hours=DEARER * max(cost.device_hours for cost in costs),
+        dollars=DEARER * max(cost.dollars for cost in costs),
     )
 
 

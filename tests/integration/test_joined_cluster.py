@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -41,6 +44,8 @@ COMMON = """
   limits: {start_s: 120, measure_s: 120}
   budget: {trials: 1, confirm: 1, control_every: 0}
 """
+OWN = textwrap.dedent(COMMON)
+"""The same as a study file of its own."""
 
 
 @dataclass
@@ -129,7 +134,8 @@ def test_a_detached_campaign_is_killed_paused_resumed_and_stopped(joined: Joined
     assert invoke("campaign", "pause", name).code == 0
     os.kill(pid_of(first["runner"]), signal.SIGKILL)
     second = wait_for(lambda found: found["runner"] not in (None, first["runner"]))
-    assert second["state"] == "paused", "who is started again leaves the pause as it is"
+    assert second["state"] == "paused"
+    wait_for(lambda _: "nothing is begun: paused" in invoke("campaign", "logs", name).out)  # who comes next keeps it
     resumed = invoke("campaign", "resume", name)
     assert (resumed.code, "is run already" in resumed.err) == (0, True)
     wait_for(lambda found: found["studies"][0]["measured"] >= 1)
@@ -142,13 +148,60 @@ def test_a_detached_campaign_is_killed_paused_resumed_and_stopped(joined: Joined
     assert len(finished) == len(set(finished)) == at_rest["studies"][0]["measured"]
     assert not [trial for trial in trials if trial.status is TrialStatus.RUNNING]
     told = invoke("campaign", "logs", name).out
-    for part in (
-        "slice 1, search in",
-        f"slice 1 of {name}.few was not finished; it goes on",
-        "nothing is begun: paused",
-    ):
+    for part in ("slice 1, search in", f"slice 1 of {name}.few was not finished; it goes on"):
         assert part in told
     wait_until_gone(str(joined.folder))
+
+
+def test_experiments_run_on_a_joined_cluster_and_are_compared(joined: Joined, invoke: Invoke) -> None:
+    name = f"pair-{uuid.uuid4().hex[:6]}"
+    experiments = "experiments: {one: {space: {tp: [1]}}, two: {space: {tp: [2]}}}"
+    (joined.folder / "study.yaml").write_text(f"name: {name}{OWN}{experiments}\n")
+    done = joined("study", "run", "study.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    for experiment in ("one", "two"):
+        assert f"experiment {experiment}: done" in done.stderr
+        assert any(line.startswith(f"[{experiment}] ") and "trial 0 emulated:" in line for line in lines), done.stdout
+        (trial,) = StudyHistory(open_storage(joined.url), f"{name}.{experiment}").trials()
+        assert trial.status is TrialStatus.MEASURED
+    compared = invoke("study", "compare", name, "--json")
+    assert compared.code == 0, compared.err
+    assert {f"{name}.one", f"{name}.two"} <= set(re.findall(r'"([^"]+)"', compared.out))
+
+
+@pytest.mark.skipif(find_spec("fastapi") is None, reason="the extra serve is not installed")
+def test_the_service_gives_a_submitted_study_to_the_cluster(joined: Joined) -> None:
+    name = f"sent-{uuid.uuid4().hex[:6]}"
+    write = "w" * 32
+    command = [*TUNER, "serve", "--port", "0", "--address", joined.head.address]
+    environment = {**joined.environment, "TUNER_WRITE_TOKEN": write, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=joined.folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            api = f"{process.stdout.readline().split()[1]}api/v1"
+            with httpx.Client(headers={"Authorization": f"Bearer {write}"}, timeout=400) as asked:
+                sent = asked.post(f"{api}/studies", json={"study": f"name: {name}{OWN}"})
+                assert sent.status_code == 202, sent.text
+                run = ended_run(asked, f"{api}/submissions/{name}")
+                assert (run["exit_code"], f"Study {name} " in run["tail"]) == (0, True), run["tail"]
+                told = asked.get(f"{api}/studies/{name}/trials/stream").text  # until nobody runs it any more
+                status = asked.get(f"{api}/studies/{name}/status").json()
+        finally:
+            process.terminate()
+    assert told.endswith("event: end\ndata: {}\n\n")
+    assert '"status": "measured"' in told
+    assert (status["state"], status["trials"]["measured"], status["coordinator"]) == ("finished", 1, None)
+    wait_until_gone(str(joined.folder))
+
+
+def ended_run(asked: httpx.Client, url: str) -> Any:
+    """The run of a submitted study once its command has returned."""
+    deadline = time.monotonic() + 240
+    while (run := asked.get(url).json())["exit_code"] is None:
+        assert time.monotonic() < deadline, run
+        time.sleep(0.2)
+    return run
 
 
 def pid_of(runner: str) -> int:

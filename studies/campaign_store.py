@@ -12,10 +12,10 @@ import optuna
 
 from studies.codec import Json
 from studies.errors import StudyExistsError, StudyNotFoundError
-from studies.history import STUDY_SCHEMA, study_names
+from studies.history import CAMPAIGN_SCHEMA, STUDY_SCHEMA, study_names
 from studies.storage import Storage
 
-CAMPAIGN_SCHEMA, VERSION = "campaign_schema", 1
+VERSION = 1
 PREFIX = "campaign."
 
 

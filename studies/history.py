@@ -18,6 +18,8 @@ from studies.records import SCHEMA, TrialRecord, decode_trial
 from studies.storage import Storage
 
 STUDY_FILE, STUDY_HASH, STUDY_SCHEMA = "study_file", "study_file_sha256", "schema"
+CAMPAIGN_SCHEMA = "campaign_schema"
+"""What a campaign has in place of a study's schema (see `studies.campaign_store`)."""
 POPULATION = "population_size"
 NODE_DEVICES, DEVICE_USE = "node_devices", "device_use"
 EARLIER = "earlier_studies"
@@ -51,6 +53,8 @@ class StudyHistory:
         self.storage = storage
         self._study = load_optuna_study(storage, name)
         version = self._study.user_attrs.get(STUDY_SCHEMA)
+        if CAMPAIGN_SCHEMA in self._study.user_attrs:
+            raise StudyFormatError(f"{name!r} is no study but keeps a campaign; look at it with: tuner campaign list")
         if version is None and not self._study.get_trials(deepcopy=False):
             raise StudyHalfMadeError(
                 f"study {name!r} has schema None and no trials: it is being made, or another program's; look again "

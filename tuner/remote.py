@@ -1,4 +1,7 @@
-"""Studies that run elsewhere: given to a cluster; their status, log and end from any machine with the storage."""
+"""Studies that run elsewhere: given to a cluster; their status, log and end from any machine with the storage.
+
+What is the same for campaigns takes a `Job`; how a coordinator gets to a cluster is in `tuner.detached`.
+"""
 
 from __future__ import annotations
 
@@ -49,11 +52,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command("stop")(stop)
 
 
-def status(
-    name: Name,
-    storage: StorageOption = None,
-    as_json: AsJson = False,
-) -> None:
+def status(name: Name, storage: StorageOption = None, as_json: AsJson = False) -> None:
     """Show who runs a study, its last heartbeat, its trials and the time left."""
     from studies.storage import open_storage
     from tuner.places import existing_place
@@ -113,9 +112,7 @@ def print_log(storage: Storage, job: Job, *, follow: bool, tail: int | None) -> 
     _print_events(events if tail is None else events[len(events) - min(tail, len(events)) :])
     try:
         while follow:
-            ended = is_free(
-                read_lease(storage, job.lease)
-            )  # looked for before the lines, so that the last are not missed
+            ended = is_free(read_lease(storage, job.lease))  # before the lines, so that the last are not missed
             new = read_events(storage, job.lease, after=events[-1].number if events else 0)
             _print_events(new)
             events = new or events

@@ -134,7 +134,8 @@ def test_a_detached_runner_reads_the_campaign_from_the_storage_and_gets_the_urls
     (tmp_path / "campaign.yaml").write_text(CAMPAIGN + hooks)
     refused = invoke("campaign", "run", "campaign.yaml", "--detach")
     assert (refused.code, "--detach needs a Ray cluster that goes on" in refused.err) == (2, True)
-    assert invoke("campaign", "run", "campaign.yaml", "--detach", "--address", "10.0.0.1:6379").code == 0
+    done = invoke("campaign", "run", "campaign.yaml", "--detach", "--address", "10.0.0.1:6379")
+    assert (done.code, "The variable NOT_HERE is not set here" in done.out, "MY_HOOK" in done.out) == (0, True, False)
     assert invoke("campaign", "run", "many", "--detach", "--address", "10.0.0.1:6379").code == 0
     for task, place, storage, address in given:
         assert (task.job.name, task.job.lease) == ("many", campaign_study("many"))
@@ -177,3 +178,4 @@ def test_a_campaign_that_is_only_being_made_is_in_nobody_s_way(invoke: Invoke, t
     assert (asked.code, "run its file again" in asked.err) == (2, True)
     assert invoke("campaign", "run", "campaign.yaml", "--set", "budget={device_hours: 0.001}").code == 0
     assert invoke("campaign", "list").out.startswith("many: over")
+    assert "'campaign.many' is no study but keeps a campaign" in invoke("study", "status", "campaign.many").err

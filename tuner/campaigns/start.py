@@ -70,6 +70,8 @@ def detach_campaign(campaign: Campaign, place: Place, address: str | None) -> No
     with campaign_lease(storage, campaign.name):
         begin(storage, campaign)
     urls = [hook.url_env for hook in campaign.rules.notify if hook.url_env is not None]
+    for missing in sorted(set(urls) - os.environ.keys()):
+        print(f"The variable {missing} is not set here: its webhook is told only where the runner's node sets it.")
     task = Task(
         job=job_of(campaign.name),
         arguments=("campaign", "run", campaign.name),

@@ -44,7 +44,7 @@ test: $(VENV)/.installed-dev
 
 test-long: $(VENV)/.installed-dev
 	$(PYTEST) -m "long and not ray and not engine" -n $(WORKERS) $(PYTEST_ARGS)
-	$(PYTEST) -m "long and (ray or engine)" -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) -m "long and (ray or engine)" $(PYTEST_ARGS)
 
 test-vllm: $(VENV)/.installed-dev
 	PYTHON=$$(readlink -f $(BIN)/python) scripts/vllm_cpu_env.sh .venv-vllm

@@ -35,8 +35,8 @@ demo: $(VENV)/.installed
 	@echo "       examples/quickstart.yaml                    the study file, explained: change it, or --set a key"
 
 # Tests of the code alone share the cores, one more worker than cores since some wait. Tests that start engines or Ray
-# wait most of their time: two files of them at once. Tests that hold clocks against each other
-# have the machine to themselves.
+# wait most of their time: two files of them at once. Tests that hold clocks against each other have the machine to
+# themselves, and so have whole studies on clusters.
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not long and not ray and not engine and not timing" -n $(WORKERS) $(PYTEST_ARGS)
 	$(PYTEST) -m "not long and (ray or engine) and not timing" -n 2 --dist loadfile $(PYTEST_ARGS)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from search_spaces.errors import TunerError
     from tuner.api import (
         Benchmark,
+        Campaign,
+        CampaignStatus,
         Comparison,
         Confirmation,
         Deployment,
@@ -36,18 +38,23 @@ if TYPE_CHECKING:
         bench,
         compare,
         config_show,
+        list_campaigns,
         list_layers,
         list_profiles,
         list_studies,
         load_benchmark,
+        load_campaign,
         load_study,
         load_study_file,
         predict,
+        run_campaign,
         run_study,
     )
 
 __all__ = [
     "Benchmark",
+    "Campaign",
+    "CampaignStatus",
     "Comparison",
     "Confirmation",
     "Deployment",
@@ -68,13 +75,16 @@ __all__ = [
     "bench",
     "compare",
     "config_show",
+    "list_campaigns",
     "list_layers",
     "list_profiles",
     "list_studies",
     "load_benchmark",
+    "load_campaign",
     "load_study",
     "load_study_file",
     "predict",
+    "run_campaign",
     "run_study",
 ]
 

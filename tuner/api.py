@@ -2,8 +2,8 @@
 
 `from tuner import load_study, predict` and so on. Everything raises `TunerError` (or a kind of it) for what a user can
 mend, with the value, the limit and the remedy. Reading a study never changes it: `run_study`, `Study.resume` and
-`Study.stop` are the only ones that launch or write to a storage; `Study.deploy`, `Study.write_report` and
-`Study.confirm` write files or start processes of their own.
+`Study.stop` are the only ones that launch or write to a storage, with `run_campaign`, `Campaign.resume`, `pause` and
+`stop`; `Study.deploy`, `write_report` and `Study.confirm` write files or start processes of their own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from studies.lease import order_stop, read_events
 from studies.lease_record import Event
 from studies.records import TrialRecord
 from studies.storage import open_storage
+from tuner.api_campaigns import Campaign, list_campaigns, load_campaign, run_campaign
+from tuner.campaigns.status import CampaignStatus
 from tuner.comparison import Comparison
 from tuner.comparison import compare as compare_reports
 from tuner.importance import Importance
@@ -61,6 +63,8 @@ else:  # they load the load generator, which most programs do not need
 
 __all__ = [
     "Benchmark",
+    "Campaign",
+    "CampaignStatus",
     "Comparison",
     "Confirmation",
     "Deployment",
@@ -81,13 +85,16 @@ __all__ = [
     "bench",
     "compare",
     "config_show",
+    "list_campaigns",
     "list_layers",
     "list_profiles",
     "list_studies",
     "load_benchmark",
+    "load_campaign",
     "load_study",
     "load_study_file",
     "predict",
+    "run_campaign",
     "run_study",
 ]
 

@@ -40,7 +40,7 @@ def test_the_names_are_those_of_the_api() -> None:
     assert sorted(tuner.__all__) == tuner.__all__
     for name in tuner.__all__:
         assert getattr(tuner, name) is getattr(tuner.api, name)
-    with pytest.raises(AttributeError, match="has no attribute 'prediktion'; it has Benchmark, Comparison"):
+    with pytest.raises(AttributeError, match="has no attribute 'prediktion'; it has Benchmark, Campaign"):
         tuner.prediktion  # type: ignore[attr-defined]  # noqa: B018 - a misspelt name
     assert (Path(tuner.__file__).parent / "py.typed").is_file()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import tuner
 from studies.campaign_store import CampaignStore, campaign_study, create_campaign
 from studies.history import StudyHistory
 from studies.lease import take_lease
@@ -179,3 +180,30 @@ def test_a_campaign_that_is_only_being_made_is_in_nobody_s_way(invoke: Invoke, t
     assert invoke("campaign", "run", "campaign.yaml", "--set", "budget={device_hours: 0.001}").code == 0
     assert invoke("campaign", "list").out.startswith("many: over")
     assert "'campaign.many' is no study but keeps a campaign" in invoke("study", "status", "campaign.many").err
+
+
+@pytest.mark.long
+def test_the_python_api_does_what_the_commands_do(invoke: Invoke, tmp_path: Path) -> None:
+    begun = tuner.run_campaign("campaign.yaml", "budget={device_hours: 0.001}")
+    assert begun.status().state.name == "OVER"
+    assert tuner.list_campaigns() == ("many",)
+    with pytest.raises(tuner.TunerError, match="no campaign 'other'; it has: many"):
+        tuner.load_campaign("other")
+    found = tuner.load_campaign("many")
+    assert found.studies == ("many.few", "many.many")
+    lines = found.logs()
+    assert [line.text for line in lines][-1].startswith("the campaign is over")
+    assert found.logs(after=lines[-2].number) == lines[-1:]
+    found.pause()
+    assert status(invoke)["waits_for"].startswith("paused by ")
+    with take_lease(open_storage(URL), campaign_study("many")) as lease:
+        assert found.resume() is found, "someone runs it: the pause alone is taken back"
+        assert found.stop() == str(found.status().seen.record.holder)  # type: ignore[union-attr]  # the lease is held
+        lease.ensure()
+    assert status(invoke)["waits_for"] is None
+    assert found.resume().status().state.name == "OVER", "nobody does: it goes on, and is over"
+    with pytest.raises(tuner.TunerError, match="nobody runs"):
+        found.stop()
+    assert found.write_report().read_text().startswith("<!doctype html>")
+    assert found.write_report(form="markdown").name == "report.md"
+    assert json.loads(found.write_report(tmp_path / "r.json", "json").read_text())["campaign"]["campaign"] == "many"

@@ -15,7 +15,7 @@ from search_spaces.errors import InvalidValueError
 from tuner.cli_options import Address, AsJson, Detach, FileStorageOption, Follow, NoProgress, StorageOption, Tail, WaitS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from rich.console import RenderableType
 
@@ -108,13 +108,13 @@ def status(
     from rich.console import Console
     from rich.live import Live
 
-    from tuner.campaigns.status import State, status_json, status_view
+    from tuner.campaigns.status import State, status_json, status_view, statuses
 
     if follow and as_json:
         raise InvalidValueError("--follow draws for people, and --json was given too; choose one")
     _, opened = _existing(storage)
-    statuses = _statuses(opened, name)
-    found = next(statuses)
+    looks = statuses(opened, name)
+    found = next(looks)
     if as_json:
         _print(status_json(found))
         return
@@ -126,7 +126,7 @@ def status(
         try:
             while found.state in (State.RUNNING, State.WAITING, State.STOPPING, State.PAUSED):
                 time.sleep(FOLLOW_S)
-                found = next(statuses)
+                found = next(looks)
                 live.update(status_view(found))
         except KeyboardInterrupt:
             return
@@ -272,35 +272,15 @@ def _run(campaign: Campaign, place: Place, *, address: str | None, as_json: bool
 
 def _picture(storage: Storage) -> Callable[[View], RenderableType]:
     """Draws a view."""
-    from tuner.campaigns.status import status_view
+    from tuner.campaigns.status import status_at, status_view
 
-    return lambda view: status_view(_status_of(storage, view))
+    return lambda view: status_view(status_at(storage, view))
 
 
 def _status(storage: Storage, name: str) -> CampaignStatus:
-    return next(_statuses(storage, name))
+    from tuner.campaigns.status import statuses
 
-
-def _statuses(storage: Storage, name: str) -> Iterator[CampaignStatus]:
-    """The campaign as it stands, each time it is asked for; what has ended of it is read once."""
-    from tuner.campaigns.look import Looker, utc_now
-    from tuner.campaigns.open import existing
-
-    record = existing(storage, name)
-    asked, looker = record.asked(), Looker(storage=storage, campaign=record.campaign())
-    while True:
-        yield _status_of(storage, looker.view(record.memory(), utc_now()))
-        if record.asked() != asked:
-            asked, looker = record.asked(), Looker(storage=storage, campaign=record.campaign())
-
-
-def _status_of(storage: Storage, view: View) -> CampaignStatus:
-    from studies.campaign_store import campaign_study
-    from studies.lease import read_lease
-    from tuner.campaigns.status import CampaignStatus
-
-    seen = read_lease(storage, campaign_study(view.campaign.name))
-    return CampaignStatus(view=view, seen=seen, storage=storage.url)
+    return next(statuses(storage, name))
 
 
 def _existing(storage: str | None) -> tuple[Place, Storage]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -14,10 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from search_spaces.metrics import METRICS
+from studies.campaign_store import campaign_study
 from studies.codec import Json
-from studies.lease import is_free
+from studies.lease import is_free, read_lease
 from studies.lease_record import Seen
-from tuner.campaigns.look import View
+from studies.storage import Storage
+from tuner.campaigns.look import Looker, View, utc_now
+from tuner.campaigns.open import existing
 from tuner.campaigns.record import Slice
 from tuner.campaigns.standing import Standing, failures
 from tuner.report import metrics_of
@@ -65,6 +68,25 @@ class CampaignStatus:
     def running(self) -> tuple[Slice, ...]:
         """Slices that have not ended."""
         return tuple(found for found in self.view.memory.slices if found.end is None)
+
+
+def status_at(storage: Storage, view: View) -> CampaignStatus:
+    """The campaign of `view`, and who runs it now."""
+    seen = read_lease(storage, campaign_study(view.campaign.name))
+    return CampaignStatus(view=view, seen=seen, storage=storage.url)
+
+
+def statuses(storage: Storage, name: str) -> Iterator[CampaignStatus]:
+    """The campaign as it stands, each time it is asked for; what has ended of it is read once.
+
+    Raises `StudyNotFoundError` where there is none of that name.
+    """
+    record = existing(storage, name)
+    asked, looker = record.asked(), Looker(storage=storage, campaign=record.campaign())
+    while True:
+        yield status_at(storage, looker.view(record.memory(), utc_now()))
+        if record.asked() != asked:
+            asked, looker = record.asked(), Looker(storage=storage, campaign=record.campaign())
 
 
 def best_text(standing: Standing) -> str:

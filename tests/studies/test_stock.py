@@ -56,7 +56,7 @@ def test_few_trials_in_flight_have_no_stock() -> None:
     assert Stock(SHARE * 1000).size == MOST
 
 
-@pytest.mark.parametrize("sampler", [SamplerKind.NSGA2, SamplerKind.RANDOM])
+@pytest.mark.parametrize("sampler", [SamplerKind.NSGA2, pytest.param(SamplerKind.RANDOM, marks=pytest.mark.long)])
 def test_what_is_in_stock_is_begun_without_another_look(tmp_path: Path, sampler: SamplerKind) -> None:
     study, model = make_study(tmp_path, sampler=sampler)
     with study:
@@ -67,7 +67,9 @@ def test_what_is_in_stock_is_begun_without_another_look(tmp_path: Path, sampler:
         proposals = [*study.ask_batch(3), *study.ask_batch(3)]
         assert model.passes == []
         trials = study.trials()
+        stored = study.history.storage.backend.get_all_trials(study.history.id)
     assert [proposal.trial_number for proposal in proposals] == [2, 3, 4, 5]
+    assert [trial.system_attrs[GENERATION] for trial in stored[2:]] == [0] * 4, "as if Optuna had been asked"
     assert {trial.status for trial in trials} == {TrialStatus.RUNNING}
     assert len({trial.key for trial in trials}) == 6
     assert {trial.origin for trial in trials[2:]} == {Origin.SCREENED}
@@ -102,18 +104,6 @@ def test_new_ones_are_chosen_beside_what_is_in_stock(tmp_path: Path) -> None:
         assert model.passes
         keys = {proposal.candidate.key for proposal in study.ask_batch(4)}
     assert len(keys) == 4
-
-
-def test_all_that_begin_together_are_of_the_generation_of_their_beginning(tmp_path: Path) -> None:
-    study, _ = make_study(tmp_path)
-    with study:
-        begin_defaults(study)
-        think(study)
-        numbers = [proposal.trial_number for proposal in study.ask_batch(4)]
-        backend = study.history.storage.backend
-        study_id = study.history.id
-        stored = {trial.number: trial for trial in backend.get_all_trials(study_id)}
-    assert {stored[number].system_attrs[GENERATION] for number in numbers} == {0}
 
 
 def test_what_has_no_room_any_more_is_dropped(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What optuna-dashboard shows of a study beside its own charts: a note on it and on its trials, and charts of ours.
 
-All of it are attributes of the study, written in one batch by whoever holds its lease.
+All of it are attributes of the study, written by whoever holds its lease.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from studies.storage import Storage
 
 FOUND = "**What was found.**"
 """How a note on the study begins that may be replaced: any other was written by a person."""
+
+NOTES_AT_ONCE = 100
+"""Notes that are written as one: meanwhile nobody else writes to a SQLite database, and the lease must be renewed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +45,14 @@ def save_views(storage: Storage, name: str, views: Views) -> None:
     """
     study = load_optuna_study(storage, name)
     study_id = storage.backend.get_study_id_from_name(name)
-    with storage.batch():
-        attrs = storage.backend.get_study_system_attrs(study_id)
-        for trial in study.get_trials(deepcopy=False):
-            there = notes_format.note_ver_key(trial._trial_id) in attrs  # noqa: SLF001 - notes are kept by this id
-            if trial.number in views.notes and not there:
+    attrs = storage.backend.get_study_system_attrs(study_id)
+    new = [trial for trial in study.get_trials(deepcopy=False) if trial.number in views.notes]
+    new = [t for t in new if notes_format.note_ver_key(t._trial_id) not in attrs]  # noqa: SLF001 - notes go by this id
+    for first in range(0, len(new), NOTES_AT_ONCE):
+        with storage.batch():
+            for trial in new[first : first + NOTES_AT_ONCE]:
                 _save_first_note(storage, study_id, trial, views.notes[trial.number])
+    with storage.batch():
         if _is_ours(optuna_dashboard.get_note(study)):
             optuna_dashboard.save_note(study, f"{FOUND} {views.summary}")
         for chart, spec in views.charts.items():

@@ -1,9 +1,9 @@
 """Candidates chosen before there is a place for them.
 
 With many trials in flight a place becomes free every second or so, and choosing takes about as long: the place would
-wait, and a pass over hundreds of candidates would choose one. So a few are chosen jointly while nothing else waits, as
-running trials with predictions are counted by whoever is chosen after them. What is in stock knows nothing of the few
-trials that were told since, of very many. It is in memory alone: a coordinator that dies loses thoughts, no trial.
+wait, and a pass over hundreds of candidates would choose one. So a few are chosen jointly while nothing else waits;
+those that are chosen after them count them as running. What is in stock knows nothing of the few trials that were told
+since, of very many. It is in memory alone: a coordinator that dies loses thoughts, no trial.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Stock:
         return True
 
     def take(self, request: Request) -> list[Choice]:
-        """At most `request.count` choices that still may be begun; those that were about to be made where none is left.
+        """At most `request.count` choices; where none is left, what is being chosen is chosen to its end.
 
-        Choices that have no room now, or were tried by another way, are dropped.
+        Choices that have no room now, or were tried in another way, are dropped.
         """
         while self._choosing is not None and not self._choices:
             self.step(_never)

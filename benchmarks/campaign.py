@@ -274,9 +274,11 @@ def _transferred(plan: Plan, late: StudyFile, search: int) -> Transfer:
     paths = {}
     for earlier in ("none", "related"):
         folder = plan.home / f"late-{late.name}-{search}-{earlier}"
-        if earlier == "related":
+        if earlier == "related" and not folder.exists():
+            part = plan.home / f"{folder.name}.part"
             ignored = shutil.ignore_patterns("artifacts", "reports", "predictions", "work")
-            shutil.copytree(plan.home / "campaign", folder, ignore=ignored)
+            shutil.copytree(plan.home / "campaign", part, ignore=ignored, dirs_exist_ok=True)
+            part.rename(folder)
         limits = late.budget.model_copy(update={"trials": plan.trials})
         own = {"budget": limits, "earlier_studies": earlier, "seed": late.seed + 100 * search}
         study = late.model_copy(update=own)

@@ -219,7 +219,13 @@ Clock = WallClock | CpuClock
 
 
 class RayGroups:
-    """Placement groups of Ray."""
+    """Placement groups of Ray.
+
+    One that is asked for right after another was removed is refused once, and tried again by Ray a second later; a
+    tenth of a second later it is there at once.
+    """
+
+    settle_s = 0.1
 
     def make(self, bundles: list[dict[str, float]]) -> Any:
         """Ask for a group."""
@@ -240,6 +246,8 @@ class RayGroups:
 
 class NoGroups:
     """Groups that are there at once: without Ray."""
+
+    settle_s = 0.0
 
     def make(self, bundles: list[dict[str, float]]) -> Any:
         """What stands for a group."""
@@ -322,6 +330,7 @@ class EmulatedRunner:
         self._groups = RayGroups() if plan.clock == "wall" else NoGroups()
         self._ledger = Ledger.of(pools)
         self._trials: dict[str, Trial] = {}
+        self._freed: list[tuple[float, dict[str, int]]] = []
 
     def start(self, request: TrialRequest) -> TrialHandle:
         """Queue the trial; it begins when its accelerators are free."""
@@ -331,21 +340,22 @@ class EmulatedRunner:
             seconds = sum(outcome.timings_s.values()) or self._truth.start_s(request.candidate.config)
         trial = Trial(request=request, outcome=outcome, seconds=seconds / self._plan.speed_up, began_s=self._clock())
         self._trials[request.trial] = trial
-        self._place(trial)
+        self._place(trial, self._clock())
         return TrialHandle(trial=request.trial, config_key=request.candidate.config.key)
 
-    def _place(self, trial: Trial) -> None:
+    def _place(self, trial: Trial, freed_s: float) -> None:
         placement = plan_placement(trial.request.candidate.config, trial.request.problem)
         taken = self._ledger.take(placement)
         if taken is None:
             return
-        trial.taken, trial.fits_s = taken, self._clock()
+        trial.taken, trial.fits_s = taken, freed_s
         bundles = [{name: float(gpus), "CPU": float(gpus)} for name, gpus in taken.items()]
         bundles += [b.resources for b in placement.bundles if b.kind is not BundleKind.REPLICA]
         trial.group = self._groups.make(bundles)
 
     def poll(self, handle: TrialHandle) -> Running | Outcome:
         """The outcome once its time is over; devices go to those that wait."""
+        self._settle()
         trial = self._trials[handle.trial]
         now_s = self._clock()
         if trial.group is not None and trial.ready_s is None and self._groups.is_ready(trial.group):
@@ -354,16 +364,23 @@ class EmulatedRunner:
             return Running(phase=trial.phase, elapsed_s=now_s - trial.began_s)
         self._remove(handle.trial)
         self._meter.over(trial)
-        for waiting in self._trials.values():
-            if waiting.group is None:
-                self._place(waiting)
+        self._settle()
         return trial.outcome
+
+    def _settle(self) -> None:
+        """Give free devices to those that wait, once their groups are gone."""
+        while self._freed and self._clock() >= self._freed[0][0] + self._groups.settle_s:
+            freed_s, taken = self._freed.pop(0)
+            self._ledger.give_back(taken)
+            for waiting in self._trials.values():
+                if waiting.group is None:
+                    self._place(waiting, freed_s)
 
     def _remove(self, name: str) -> None:
         trial = self._trials.pop(name)
         if trial.group is not None:
             self._groups.remove(trial.group)
-            self._ledger.give_back(trial.taken)
+            self._freed.append((self._clock(), trial.taken))
 
     def stop(self, handle: TrialHandle) -> None:
         """Forget the trial."""

@@ -78,7 +78,7 @@ def coordinate(url: str, folder: Path, fatal_write: int) -> None:
     """A coordinator in a process of its own."""
     storage = open_storage(url)
     study = create_study(storage, toy_setup(folder))
-    arm(storage.backend, fatal_write)
+    arm(storage.direct, fatal_write)
     drive(study, folder / "seen")
 
 

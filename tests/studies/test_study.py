@@ -74,7 +74,8 @@ def test_the_screen_finds_more_hypervolume_than_nsga2_alone(tmp_path: Path) -> N
     reference, axes = np.array([0.0, 40.0]), [objective.direction for objective in SPACE.problem.objectives]
 
     def found(seed: int, predict: Predict | None) -> float:
-        memory = Storage(url="memory", dashboard_url="sqlite://", backend=InMemoryStorage())
+        backend = InMemoryStorage()
+        memory = Storage(url="memory", dashboard_url="sqlite://", backend=backend, direct=backend)
         setup = toy_setup(tmp_path / f"{seed}", space=SPACE, predict=predict, seed=seed, budget_trials=20)
         study = create_study(memory, setup)
         for _ in range(20):

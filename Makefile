@@ -17,6 +17,9 @@ PYTEST := $(BIN)/python -m pytest
 PYTEST_ARGS ?=
 WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 
+# Images often forbid bytecode files; then each of the many processes here compiles all that it imports, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 # uv installs in a fifth of pip's time; pip serves where uv cannot (an index that only pip's configuration names, say).
 define install_pinned
 	@$(PIP) install "uv>=0.9,<1" && $(BIN)/uv pip install -q --python $(BIN)/python -r $(1) || { \

@@ -101,6 +101,7 @@ class Connection(asyncio.Protocol):
         self._handler, self._api_key, self._members = handler, api_key, members
         self._transport: asyncio.Transport | None = None
         self._task: asyncio.Task[None] | None = None
+        self._last = False
         self._queue: deque[Request] = deque()
         self._reader = _Reader(self._queue)
 
@@ -128,8 +129,9 @@ class Connection(asyncio.Protocol):
         if self._task is not None:
             self._task.cancel()
 
-    def abort_if_idle(self) -> None:
-        """Close the connection unless a request is being answered."""
+    def abort_when_idle(self) -> None:
+        """Close the connection, once the request that is being answered has its answer."""
+        self._last = True
         if self._task is None and self._transport is not None:
             self._transport.abort()
 
@@ -155,7 +157,7 @@ class Connection(asyncio.Protocol):
         if task.exception() is not None:  # a bug: the loop's handler prints it when the task goes
             asyncio.get_running_loop().call_exception_handler({"message": "request failed", "task": task})
             self._transport.abort()
-        elif not reply.keeps_open:
+        elif self._last or not reply.keeps_open:
             self._transport.close()
         else:
             self._next()

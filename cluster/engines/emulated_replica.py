@@ -292,7 +292,7 @@ class Replica:
             case FaultKind.STOP_LISTENING if self.listener is not None:
                 self.listener.close()
                 for connection in tuple(self.connections):
-                    connection.abort_if_idle()
+                    connection.abort_when_idle()
             case _:
                 return
 

@@ -74,13 +74,14 @@ class Story:
     second: Any
     stopped: subprocess.CompletedProcess[str]
     at_rest: Any
+    budget: int
     followed: subprocess.CompletedProcess[str]
     finished: Any
 
 
 @pytest.fixture(scope="module")
 def remote(postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
-    study = CliStudy.create(tmp_path_factory.mktemp("detached"), 5)
+    study = CliStudy.create(tmp_path_factory.mktemp("detached"), 40)  # more than can be measured before the stop
     with (
         tempfile.TemporaryDirectory(
             prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
@@ -102,10 +103,11 @@ def story(remote: Remote) -> Story:
     remote.wait_for(lambda status: status["trials"]["running"])
     stopped = remote("stop", name)
     at_rest = remote.status()
-    resumed = remote("resume", name, "--detach", *there)
+    budget = at_rest["trials"]["measured"] + at_rest["trials"]["failed"] + 2
+    resumed = remote("resume", name, "--detach", "--set", f"budget.trials={budget}", *there)
     assert resumed.returncode == 0, resumed.stderr
     followed = remote("logs", name, "-f")
-    return Story(begun, first, refused, second, stopped, at_rest, followed, remote.status())
+    return Story(begun, first, refused, second, stopped, at_rest, budget, followed, remote.status())
 
 
 def test_the_command_returns_while_the_study_runs(story: Story) -> None:
@@ -137,7 +139,7 @@ def test_a_resume_finishes_it_and_nothing_is_measured_twice(remote: Remote, stor
     assert story.finished["state"] == "finished"
     found = json.loads(remote("show", remote.study.name, "--json").stdout)
     keys = [trial["key"] for trial in found["trials"] if trial["status"] in {"measured", "failed"}]
-    assert len(keys) == len(set(keys)) == 5
+    assert len(keys) == len(set(keys)) == story.budget
 
 
 def test_the_log_tells_the_whole_story(story: Story) -> None:

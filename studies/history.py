@@ -15,6 +15,7 @@ from studies.codec import Json, from_json
 from studies.device_use import DeviceUse
 from studies.errors import StudyFormatError, StudyHalfMadeError, StudyNotFoundError
 from studies.records import SCHEMA, TrialRecord, decode_trial
+from studies.stopping import StopReason
 from studies.storage import Storage
 
 STUDY_FILE, STUDY_HASH, STUDY_SCHEMA = "study_file", "study_file_sha256", "schema"
@@ -24,6 +25,8 @@ POPULATION = "population_size"
 NODE_DEVICES, DEVICE_USE = "node_devices", "device_use"
 EARLIER = "earlier_studies"
 """Earlier studies that taught this one or gave it seeds, in words."""
+ENDED = "ended"
+"""Why the last run ended by itself, as a `studies.stopping.StopReason`; None while one runs and after a stop."""
 STABILITY = "stability"
 """Noise and drift, as `studies.noise.Stability`, after the last repeat."""
 _FINISHED = (OptunaState.COMPLETE, OptunaState.FAIL, OptunaState.PRUNED)
@@ -101,8 +104,14 @@ class StudyHistory:
 
     @property
     def study_file(self) -> str:
-        """The resolved study file that the study was made with."""
+        """The resolved study file that the study was made with, with the budget of its last run."""
         return str(self._study.user_attrs[STUDY_FILE])
+
+    @property
+    def ended(self) -> StopReason | None:
+        """Why the last run ended by itself; None where it did not, or is under way."""
+        reason = self._study.user_attrs.get(ENDED)
+        return None if reason is None else StopReason(reason)
 
     @property
     def earlier(self) -> tuple[str, ...]:

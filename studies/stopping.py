@@ -23,6 +23,11 @@ class StopReason(StrEnum):
     SPACE_EXHAUSTED = "every candidate has been measured"
     INFRASTRUCTURE = "too many faults of the infrastructure in a row"
 
+    @property
+    def is_final(self) -> bool:
+        """True where a resume as it stands would find nothing to do."""
+        return self not in {StopReason.WALL_TIME, StopReason.INFRASTRUCTURE}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:

@@ -56,6 +56,7 @@ from studies.generations import Generations
 from studies.history import (
     DEVICE_USE,
     EARLIER,
+    ENDED,
     NODE_DEVICES,
     POPULATION,
     STABILITY,
@@ -93,7 +94,7 @@ from studies.samplers import (
 )
 from studies.screen import THOUGHT_AT_ONCE, Choice, Handed, Predict, Request, Screen
 from studies.stock import Choosing, Stock
-from studies.stopping import Progress, progress_of
+from studies.stopping import Progress, StopReason, progress_of
 from studies.storage import Storage
 from studies.trial_writer import TrialWriter
 from studies.verdict import checked_outcome, pessimistic_values
@@ -240,7 +241,7 @@ class Study:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names([objective.metric for objective in setup.problem.objectives])
         study.set_user_attr(STUDY_FILE, setup.study_file)
-        study.set_user_attr(STUDY_HASH, hashlib.sha256(setup.study_file.encode()).hexdigest())
+        study.set_user_attr(STUDY_HASH, _sha256(setup.study_file))
         if any(engine_spec(engine).emulated for engine in setup.space.engines):
             _mark_emulated(study)
         study.set_user_attr(POPULATION, population_size(setup.budget_trials, setup.in_flight))
@@ -304,6 +305,18 @@ class Study:
         """Remember with the study which earlier ones it learns from, in words."""
         if list(studies) != list(self.history.earlier):
             self._writer.note_study(EARLIER, list(studies))
+
+    def note_ended(self, reason: StopReason | None) -> None:
+        """Remember with the study why this run ended by itself; None as it begins, and where it was stopped."""
+        if reason is not self.history.ended:
+            self.lease.ensure()
+            self._writer.note_study(ENDED, reason)
+
+    def keep_file(self, text: str) -> None:
+        """Keep `text` as the study file from now on: the same question with another budget."""
+        self.lease.ensure()
+        self._writer.note_study(STUDY_FILE, text)
+        self._writer.note_study(STUDY_HASH, _sha256(text))
 
     def note_device_use(self, use: DeviceUse) -> None:
         """Remember with the study how this run has used the devices so far, besides the runs before it."""
@@ -625,6 +638,10 @@ def _check_study_file(stored: str, setup: StudySetup) -> None:
         f"study {setup.name!r} was made with another study file; resume it with its own, or choose another name:\n"
         + "\n".join(lines)
     )
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _mark_emulated(study: optuna.Study) -> None:

@@ -127,7 +127,8 @@ def _run(
     history = find_history(storage, file.name)
     stored = history.study_file if history else dump_study(file)
     check_same_question(file, stored, observer)
-    file = in_order_of(parse_study(stored, name=f"stored study file of {file.name}"), file)
+    before = parse_study(stored, name=f"stored study file of {file.name}")
+    file = in_order_of(before, file)
     run = asked.run_of(file)
     problem, space = check_space(file)
     if history and _is_done(history, run) and asked.again is None:
@@ -146,11 +147,17 @@ def _run(
         setup = replace(setup, repeats=make_repeats(run))
         setup = replace(setup, handed=_handed(found, space, observer))
         study = open_study(storage, setup, lease) if history else create_study(storage, setup, lease)
+        if asked.portion is None:
+            study.note_ended(None)
+            if file.budget != before.budget:
+                study.keep_file(dump_study(file))
         study.note_earlier([str(lesson) for lesson in found])
         if asked.again is not None:
             study.repeat(asked.again.trial, asked.again.runs)
         reason = _search(study, run, place, model, cluster, stop, observer)
         study.flush()
+        if asked.portion is None:
+            study.note_ended(reason)
         order = f"stopped on the order of {lease.stop_order.by}" if lease.stop_order and reason is None else None
         report = make_report(study.history, file)
         lease.ensure()

@@ -12,7 +12,7 @@ from studies.history import StudyHistory
 from studies.lease import is_free, read_lease
 from studies.lease_record import LeaseRecord, Seen
 from studies.records import TrialRecord, TrialStatus
-from studies.stopping import Progress, progress_of
+from studies.stopping import Progress, StopReason, progress_of
 from studies.storage import Storage
 from tuner.places import Place
 from tuner.stored import stored_file
@@ -41,6 +41,7 @@ class StudyStatus:
     storage: str
     state: State
     budget: BudgetSection | None
+    ended: StopReason | None
     progress: Progress
     measured: int
     failed: int
@@ -54,20 +55,28 @@ def stored_status(storage: Storage, place: Place, name: str, history: StudyHisto
     """The status of study `name` of `storage`; `history` is None where its first coordinator has not made it yet."""
     trials = history.trials() if history else ()
     budget = stored_file(history, place).budget if history else None
-    return status_of(name, storage.url, trials, read_lease(storage, name), budget)
+    ended = history.ended if history else None
+    return status_of(name, storage.url, trials, read_lease(storage, name), budget, ended)
 
 
 def status_of(
-    name: str, storage: str, trials: Sequence[TrialRecord], seen: Seen, budget: BudgetSection | None
+    name: str,
+    storage: str,
+    trials: Sequence[TrialRecord],
+    seen: Seen,
+    budget: BudgetSection | None,
+    ended: StopReason | None = None,
 ) -> StudyStatus:
-    """The status of a study of `trials` whose lease was `seen`."""
+    """The status of a study of `trials` whose lease was `seen` and whose last run ended by itself for `ended`."""
     progress = progress_of(trials)
-    state = _state(seen, done=budget is not None and progress.finished >= budget.trials)
+    used = budget is not None and progress.finished >= budget.trials
+    state = _state(seen, done=used or (ended is not None and ended.is_final))
     return StudyStatus(
         name=name,
         storage=storage,
         state=state,
         budget=budget,
+        ended=ended,
         progress=progress,
         measured=sum(trial.status is TrialStatus.MEASURED and not trial.is_repeat for trial in trials),
         failed=sum(trial.status is TrialStatus.FAILED and not trial.is_repeat for trial in trials),
@@ -110,6 +119,7 @@ def status_text(status: StudyStatus) -> str:
         f"{status.name}: {status.state}",
         f"  storage      {status.storage}",
         f"  trials       {_trials_text(status)}",
+        *([f"  it ended     {status.ended}"] if status.ended else []),
         *_coordinator_lines(status),
     ]
     if status.eta_s is not None:
@@ -153,6 +163,7 @@ def status_json(status: StudyStatus) -> dict[str, Json]:
         "study": status.name,
         "storage": status.storage,
         "state": status.state.name.lower(),
+        "ended": status.ended,
         "trials": {
             "budget": status.budget.trials if status.budget else None,
             "finished": progress.finished,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from studies.errors import StudyHalfMadeError
 from studies.history import StudyHistory, study_names
-from studies.stopping import progress_of
+from studies.stopping import StopReason, progress_of
 from studies.storage import Storage, open_storage
 from tuner.places import Place
 from tuner.report import StudyReport
@@ -39,9 +39,12 @@ def make_report(history: StudyHistory, file: StudyFile) -> StudyReport:
     """The study as it stands."""
     trials = history.trials()
     progress = progress_of(trials)
-    status = "finished" if progress.finished >= file.budget.trials else "unfinished"
+    ended = history.ended
+    done = progress.finished >= file.budget.trials or (ended is not None and ended.is_final)
+    status = "finished" if done else "unfinished"
     repeats = f", {repeats_text(progress.repeats)}" if progress.repeats else ""
-    text = f"{status}, {progress.finished} of {file.budget.trials} trials{repeats}"
+    why = f" ({ended})" if ended not in {None, StopReason.TRIALS} else ""
+    text = f"{status}, {progress.finished} of {file.budget.trials} trials{repeats}{why}"
     return StudyReport(
         name=history.name,
         status=text,

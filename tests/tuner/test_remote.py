@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -17,9 +18,11 @@ import pytest
 import tuner.wiring
 from search_spaces.problem import Problem
 from studies.coordinator import this_coordinator
+from studies.history import STUDY_HASH
 from studies.lease import Lease, take_lease, times_for
 from studies.lease_record import LeaseRecord, Seen, StopOrder
 from studies.records import Origin, TrialRecord, TrialStatus
+from studies.stopping import StopReason
 from studies.storage import open_storage
 from tests.studies.toy import measure, small_space, toy_problem
 from tests.support.commands import TEXT, Invoke, NoCluster
@@ -161,6 +164,44 @@ def test_a_finished_study(invoke: Invoke) -> None:
     assert invoke("study", "logs", "toy", "--tail", "0").out == ""
     stopped = invoke("study", "stop", "toy")
     assert (stopped.code, "nobody runs study 'toy'" in stopped.err) == (2, True)
+
+
+def test_a_resume_keeps_its_budget_with_the_study(invoke: Invoke, tmp_path: Path) -> None:
+    """The next resume by name alone, and whoever looks, go by the last budget, whether it was raised or lowered."""
+
+    def stored_hash() -> str:
+        with closing(sqlite3.connect(tmp_path / "tuner-data" / "studies.db")) as database:
+            query = "SELECT value_json FROM study_user_attributes WHERE key = ?"
+            return str(json.loads(database.execute(query, (STUDY_HASH,)).fetchone()[0]))
+
+    invoke("study", "run", "study.yaml", "--set", "budget.trials=3")
+    first = stored_hash()
+    for budget, state in ((5, "finished"), (40, "stopped"), (7, "finished")):
+        more = ("--set", "budget.wall_time=0.001") if state == "stopped" else ("--set", "budget.wall_time=1h")
+        assert invoke("study", "resume", "toy", "--set", f"budget.trials={budget}", *more).code == 0
+        found = json.loads(invoke("study", "status", "toy", "--json").out)
+        assert (found["trials"]["budget"], found["state"]) == (budget, state)
+        assert f" of {budget} trials" in invoke("study", "show", "toy").out
+    assert "nothing to measure" in invoke("study", "resume", "toy").err
+    assert stored_hash() != first
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason", "state"),
+    [
+        (["budget.trials=500"], StopReason.SPACE_EXHAUSTED, "finished"),
+        (["budget.trials=500", "budget.device_hours=0.001"], StopReason.DEVICE_HOURS, "finished"),
+        (["budget.trials=500", "budget.wall_time=0.2"], StopReason.WALL_TIME, "stopped"),
+    ],
+)
+def test_why_a_study_ended_is_told(invoke: Invoke, limits: list[str], reason: StopReason, state: str) -> None:
+    assert invoke("study", "run", "study.yaml", *(part for limit in limits for part in ("--set", limit))).code == 0
+    found = json.loads(invoke("study", "status", "toy", "--json").out)
+    assert (found["ended"], found["state"]) == (reason, state)
+    text = invoke("study", "status", "toy").out
+    assert str(reason) in text
+    assert ("go on with" in text) is (state == "stopped")
+    assert f"({reason})" in invoke("study", "show", "toy").out
 
 
 def test_a_study_that_is_only_being_made_is_told_of_and_made(invoke: Invoke, tmp_path: Path) -> None:

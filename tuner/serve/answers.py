@@ -289,6 +289,7 @@ class Status(Answer):
     study: str
     storage: str
     state: Literal["running", "stopping", "died", "stopped", "finished"]
+    ended: str | None = Field(description="why the last run ended by itself; null where it runs or was stopped")
     trials: Counts
     eta_s: float | None
     coordinator: Coordinator | None

@@ -30,12 +30,12 @@ from rich.console import Console
 from benchmarks.search.figures import Yardstick
 from benchmarks.search.hosts import neutral_hosts, refitted_hosts
 from benchmarks.search.jobs import (
+    AT_ONCE,
     DETERMINISTIC,
     GP,
     HINDSIGHT,
     MODEL,
     NSGA2,
-    OURS,
     RANDOM,
     TPE,
     Job,
@@ -164,7 +164,7 @@ def all_jobs(found: Subjects, options: argparse.Namespace) -> list[Job]:
     """Jobs of the searchers that were asked for, the quick ones first."""
     slow = {TPE: (options.tpe_seeds or options.seeds, options.limit), GP: (options.gp_seeds, options.limit)}
     jobs: list[Job] = []
-    for name in (OURS, MODEL, HINDSIGHT, RANDOM, NSGA2, TPE, GP):
+    for name in (*AT_ONCE, MODEL, HINDSIGHT, RANDOM, NSGA2, TPE, GP):
         if options.only and name not in options.only:
             continue
         seeds, limit = slow.get(name, (options.seeds, None))

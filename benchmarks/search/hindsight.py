@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from benchmarks.search.modelled import Modelled, next_row
+from benchmarks.search.modelled import Modelled, next_rows
 from perf_model.surrogate import HyperPrior, fit
 from studies.acquisition import Beliefs
 
@@ -21,7 +21,7 @@ def hindsight_order(modelled: Modelled, priors: tuple[HyperPrior, ...], seed: in
     beliefs = told_all_others(modelled, priors)
     measured: list[int] = []
     while len(measured) < len(modelled.table):
-        measured.append(next_row(modelled.table, beliefs, measured, seed))
+        measured += next_rows(modelled.table, beliefs, measured, seed)
         yield measured[-1]
 
 

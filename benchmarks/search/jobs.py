@@ -20,8 +20,10 @@ from perf_model.surrogate import HyperPrior
 
 OURS, MODEL, RANDOM, NSGA2, TPE, GP = "ours", "model alone", "random", "nsga2", "tpe", "gp"
 HINDSIGHT = "told all others"
+AT_ONCE = {OURS: 1, "ours, 4 at once": 4, "ours, 8 at once": 8}
+"""How many candidates ours chooses jointly."""
 DETERMINISTIC = (MODEL, HINDSIGHT)
-WITH_MODEL = (OURS, MODEL, HINDSIGHT)
+WITH_MODEL = (*AT_ONCE, MODEL, HINDSIGHT)
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _CODE = ("benchmarks/search/figures.py", "benchmarks/search/samplers.py", "benchmarks/search/tables.py")
@@ -88,8 +90,9 @@ def perform(job: Job) -> Result:
     yardstick = Yardstick(table, logarithmic=job.logarithmic)
     began = time.perf_counter()
     forecasts = None
-    if job.searcher == OURS:
-        search = CorrectedSearch(modelled=job.modelled, priors=job.priors, seed=job.seed)
+    if job.searcher in AT_ONCE:
+        at_once = AT_ONCE[job.searcher]
+        search = CorrectedSearch(modelled=job.modelled, priors=job.priors, seed=job.seed, at_once=at_once)
         order, forecasts = search.order(), search.forecasts
     elif job.searcher == MODEL:
         order = model_order(job.modelled)

@@ -103,8 +103,8 @@ class Forecast:
     covered: np.ndarray
 
 
-def next_row(table: Table, beliefs: Beliefs, measured: list[int], seed: int) -> int:
-    """The row of the largest expected hypervolume improvement after `measured`, by the product's acquisition."""
+def next_rows(table: Table, beliefs: Beliefs, measured: list[int], seed: int, count: int = 1) -> list[int]:
+    """The `count` rows of the largest joint gain of hypervolume after `measured`, by the product's acquisition."""
     values, everyone = to_minimise(table.values), np.arange(len(table))
     open_rows = np.ones(len(table), dtype=bool)
     open_rows[measured] = False
@@ -115,19 +115,21 @@ def next_row(table: Table, beliefs: Beliefs, measured: list[int], seed: int) -> 
         objectives=lambda samples, rows: to_minimise(table.objectives(samples, rows)),
         seed=seed,
     )
-    return choose_batch(beliefs, question, 1, allowed=open_rows)[0].row
+    return [choice.row for choice in choose_batch(beliefs, question, count, allowed=open_rows)]
 
 
 @dataclass(kw_only=True)
 class CorrectedSearch:
     """Ours: expected hypervolume improvement under the model, corrected by every measurement.
 
-    `forecasts` fills up while `order` runs: one entry for each measurement, in order.
+    `at_once` candidates are chosen jointly, and measured before the next are chosen. `forecasts` fills up while `order`
+    runs: one entry for each measurement, in order.
     """
 
     modelled: Modelled
     priors: tuple[HyperPrior, ...]
     seed: int
+    at_once: int = 1
     forecasts: list[Forecast] = field(default_factory=list)
 
     def order(self) -> Iterator[int]:
@@ -138,10 +140,11 @@ class CorrectedSearch:
         while len(measured) < n:
             surrogates = self._fit(measured, residuals)
             beliefs = self._beliefs(surrogates)
-            row = next_row(table, beliefs, measured, self.seed)
-            self._note(row, beliefs, surrogates, residuals)
-            measured.append(row)
-            yield row
+            rows = next_rows(table, beliefs, measured, self.seed, min(self.at_once, n - len(measured)))
+            for row in rows:
+                self._note(row, beliefs, surrogates, residuals)
+            measured += rows
+            yield from rows
 
     def _fit(self, measured: list[int], residuals: list[list[float]]) -> list[Surrogate]:
         rows = np.array(measured, dtype=int)
@@ -185,6 +188,6 @@ __all__ = [
     "Modelled",
     "learn_priors",
     "model_order",
-    "next_row",
+    "next_rows",
     "with_prior",
 ]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks.search.figures import EARLY, TARGETS, Run
-from benchmarks.search.jobs import GP, HINDSIGHT, MODEL, NSGA2, OURS, RANDOM, TPE, Result
+from benchmarks.search.jobs import AT_ONCE, GP, HINDSIGHT, MODEL, NSGA2, OURS, RANDOM, TPE, Result
 
 ORACLE = "perfect model"
 """A search that knows every answer, greedy by hypervolume."""
@@ -67,7 +67,7 @@ class Findings:
     @property
     def by_searcher(self) -> dict[str, list[Result]]:
         """Results of each searcher, ours first."""
-        found: dict[str, list[Result]] = {name: [] for name in (OURS, MODEL, *SAMPLERS, HINDSIGHT, ORACLE)}
+        found: dict[str, list[Result]] = {name: [] for name in (*AT_ONCE, MODEL, *SAMPLERS, HINDSIGHT, ORACLE)}
         for result in self.results:
             found[result.searcher].append(result)
         return {name: results for name, results in found.items() if results}

@@ -25,7 +25,7 @@ from benchmarks.search.jobs import (
     kept_result,
     perform_kept,
 )
-from benchmarks.search.modelled import Modelled
+from benchmarks.search.modelled import CorrectedSearch, Modelled
 from benchmarks.search.report import Findings
 from benchmarks.search.samplers import TableSpace, random_order, sampler_order
 from benchmarks.search.surface import read_surface
@@ -110,6 +110,16 @@ def test_a_replay_counts_to_its_targets_and_ends_at_its_limit(surface: Modelled)
     assert cut.needed == (3, 3)
     assert cut.reached == (False, False)
     assert max(yardstick.oracle().needed) <= min(whole.needed)
+
+
+def test_a_batch_of_ours_is_chosen_before_any_of_it_is_measured(small: Modelled) -> None:
+    """The answers of a batch change what comes after it, and nothing in it; every row is measured once."""
+    other = replace(small, table=replace(small.table, log_answers=small.table.log_answers[::-1].copy()))
+    priors = tuple(HyperPrior() for _ in small.table.metrics)
+    orders = [list(CorrectedSearch(modelled=m, priors=priors, seed=0, at_once=8).order()) for m in (small, other)]
+    assert orders[0][:8] == orders[1][:8]
+    assert orders[0][8:] != orders[1][8:]
+    assert [sorted(order) for order in orders] == [list(range(len(small.table)))] * 2
 
 
 def test_kept_results_are_read_again_and_tell_what_a_smaller_limit_would(small: Modelled, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
-ASK_AGAIN_S = (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+ASK_AGAIN_S = (0.1, 0.3, 0.7, 1.5)
 """Seconds after the first asking at which a group that Ray has not begun to place is asked for anew."""
 
 

@@ -219,25 +219,35 @@ Clock = WallClock | CpuClock
 
 
 class RayGroups:
-    """Placement groups of Ray, asked for as the product asks for them."""
+    """Placement groups of Ray.
+
+    One that is asked for right after another was removed is refused once, and tried again by Ray a second later; a
+    tenth of a second later it is there at once.
+    """
+
+    settle_s = 0.1
 
     def make(self, bundles: list[dict[str, float]]) -> Any:
         """Ask for a group."""
-        from cluster.ray_group import Group
+        from ray.util import placement_group
 
-        return Group(bundles)
+        return placement_group(bundles, strategy="PACK")
 
     def is_ready(self, group: Any) -> bool:
         """True once Ray has placed it."""
-        return bool(group.is_placed())
+        return bool(group.wait(0))
 
     def remove(self, group: Any) -> None:
         """Give it back."""
-        group.remove()
+        from ray.util import remove_placement_group
+
+        remove_placement_group(group)
 
 
 class NoGroups:
     """Groups that are there at once: without Ray."""
+
+    settle_s = 0.0
 
     def make(self, bundles: list[dict[str, float]]) -> Any:
         """What stands for a group."""
@@ -358,8 +368,8 @@ class EmulatedRunner:
         return trial.outcome
 
     def _settle(self) -> None:
-        """Give free devices to those that wait."""
-        while self._freed:
+        """Give free devices to those that wait, once their groups are gone."""
+        while self._freed and self._clock() >= self._freed[0][0] + self._groups.settle_s:
             freed_s, taken = self._freed.pop(0)
             self._ledger.give_back(taken)
             for waiting in self._trials.values():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster import deployment as life
@@ -26,7 +27,6 @@ from cluster.power import total_power_w
 from cluster.processes import Tags
 from cluster.ray_actors import MARKER, Job, ProcessActor, Serving
 from cluster.ray_calls import Calls
-from cluster.ray_group import Group
 from cluster.ray_inquiry import Inquiry, lost_actor, silent_node
 from cluster.ray_jobs import Jobs, keep_files
 from cluster.ray_load import LoadActor, LoadReply
@@ -62,7 +62,7 @@ class RayDeployment:
         self._placement, self._backend, self._site, self._avoided = placement, backend, site, avoided
         self._booted_for = request
         self._requests = {request.trial: request}
-        self._group: Group | None = None
+        self._group: PlacementGroup | None = None
         self._actors: dict[str, Any] = {}
         self._calls = Calls()
         self._logs: dict[str, bytes] = {}
@@ -110,7 +110,7 @@ class RayDeployment:
 
     def turn(self) -> None:
         """Look at what has happened and act on it."""
-        if self._state.phase is life.Phase.PLACING and self._group is not None and self._group.is_placed():
+        if self._state.phase is life.Phase.PLACING and _is_placed(self._group):
             self._feed(life.Placed())
         self._calls.turn()
         self._look_at_nodes()
@@ -169,10 +169,11 @@ class RayDeployment:
     def _reserve(self) -> None:
         bundles = self._placement.bundles
         avoided = {NODE_LABEL: f"!in({','.join(sorted(self._avoided))})"} if self._avoided else {}
-        self._group = Group(
+        self._group = placement_group(
             [bundle.resources for bundle in bundles],
+            strategy="PACK",
             name=f"tuner:{self._site.study}:{self.name}",
-            selectors=[{**avoided, **bundle.labels} for bundle in bundles],
+            bundle_label_selector=[{**avoided, **bundle.labels} for bundle in bundles],
         )
 
     def _start_actors(self, limit_s: float) -> None:
@@ -346,12 +347,17 @@ class RayDeployment:
         """Give back the placement group, which ends its actors, and the cores."""
         self._calls.clear()
         if self._group is not None:
-            self._group.remove()
+            remove_placement_group(self._group)
         self._seats.free()
         self._actors.clear()
 
 
-def _scheduling(group: Group | None, index: int) -> PlacementGroupSchedulingStrategy:
+def _is_placed(group: PlacementGroup | None) -> bool:
+    table: dict[str, Any] = placement_group_table(group)
+    return bool(table["state"] == "CREATED")
+
+
+def _scheduling(group: PlacementGroup | None, index: int) -> PlacementGroupSchedulingStrategy:
     if group is None:
         raise AssertionError("actors are started in a placement group that was reserved before")
-    return PlacementGroupSchedulingStrategy(placement_group=group.group, placement_group_bundle_index=index)
+    return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)

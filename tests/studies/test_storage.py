@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
+import threading
 from pathlib import Path
 
 import optuna
@@ -25,6 +27,22 @@ def test_sqlite_makes_its_folder_and_writes_ahead(tmp_path: Path) -> None:
         assert connection.execute(text("PRAGMA synchronous")).scalar() == 1
         assert connection.execute(text("PRAGMA busy_timeout")).scalar() == 60_000
     assert study_names(open_storage(url)) == ()
+
+
+def test_a_database_that_another_one_writes_the_old_way_is_waited_for(tmp_path: Path) -> None:
+    """Two processes that make a database at once: one turns the write-ahead log on while the other still writes."""
+    url = f"sqlite:///{tmp_path}/s.db"
+    RDBStorage(url).remove_session()
+    other = sqlite3.connect(tmp_path / "s.db", isolation_level=None, check_same_thread=False)
+    assert other.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    other.execute("BEGIN IMMEDIATE")
+    end = threading.Timer(0.5, other.execute, ["COMMIT"])
+    end.start()
+    try:
+        assert study_names(open_storage(url)) == ()
+    finally:
+        end.join()
+        other.close()
 
 
 @pytest.mark.parametrize("form", ["journal://{}/x/s.journal", "{}/x/s.journal", "{}/x/s.log"])

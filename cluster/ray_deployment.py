@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster import deployment as life
@@ -27,6 +26,7 @@ from cluster.power import total_power_w
 from cluster.processes import Tags
 from cluster.ray_actors import MARKER, Job, ProcessActor, Serving
 from cluster.ray_calls import Calls
+from cluster.ray_group import Group
 from cluster.ray_inquiry import Inquiry, lost_actor, silent_node
 from cluster.ray_jobs import Jobs, keep_files
 from cluster.ray_load import LoadActor, LoadReply
@@ -62,7 +62,7 @@ class RayDeployment:
         self._placement, self._backend, self._site, self._avoided = placement, backend, site, avoided
         self._booted_for = request
         self._requests = {request.trial: request}
-        self._group: PlacementGroup | None = None
+        self._group: Group | None = None
         self._actors: dict[str, Any] = {}
         self._calls = Calls()
         self._logs: dict[str, bytes] = {}
@@ -110,7 +110,7 @@ class RayDeployment:
 
     def turn(self) -> None:
         """Look at what has happened and act on it."""
-        if self._state.phase is life.Phase.PLACING and _is_placed(self._group):
+        if self._state.phase is life.Phase.PLACING and self._group is not None and self._group.is_placed():
             self._feed(life.Placed())
         self._calls.turn()
         self._look_at_nodes()
@@ -169,19 +169,20 @@ class RayDeployment:
     def _reserve(self) -> None:
         bundles = self._placement.bundles
         avoided = {NODE_LABEL: f"!in({','.join(sorted(self._avoided))})"} if self._avoided else {}
-        self._group = placement_group(
+        self._group = Group(
             [bundle.resources for bundle in bundles],
-            strategy="PACK",
             name=f"tuner:{self._site.study}:{self.name}",
-            bundle_label_selector=[{**avoided, **bundle.labels} for bundle in bundles],
+            selectors=[{**avoided, **bundle.labels} for bundle in bundles],
         )
 
     def _start_actors(self, limit_s: float) -> None:
         self._start_by_s = time.monotonic() + limit_s
         (self.folder / "shared").mkdir(parents=True, exist_ok=True)
         (self.folder / MARKER).touch()
+        if self._group is None:
+            raise AssertionError("actors are started in a placement group that was reserved before")
         for index, bundle in enumerate(self._placement.bundles):
-            actor = self._make_actor(bundle, _scheduling(self._group, index))
+            actor = self._make_actor(bundle, self._group.scheduling(index))
             self._actors[bundle.name] = actor
             then, lost = partial(self._learned, bundle.name), partial(self._gone, bundle.name)
             self._calls.add(actor.facts.remote(self.folder), then, lost)
@@ -347,17 +348,6 @@ class RayDeployment:
         """Give back the placement group, which ends its actors, and the cores."""
         self._calls.clear()
         if self._group is not None:
-            remove_placement_group(self._group)
+            self._group.remove()
         self._seats.free()
         self._actors.clear()
-
-
-def _is_placed(group: PlacementGroup | None) -> bool:
-    table: dict[str, Any] = placement_group_table(group)
-    return bool(table["state"] == "CREATED")
-
-
-def _scheduling(group: PlacementGroup | None, index: int) -> PlacementGroupSchedulingStrategy:
-    if group is None:
-        raise AssertionError("actors are started in a placement group that was reserved before")
-    return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)

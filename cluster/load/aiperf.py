@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +88,15 @@ def aiperf_measure(
     (folder / "inputs.json").write_text(json.dumps(_inputs(run)), encoding="utf-8")
     argv = _argv(run, aiperf, folder)
     try:
-        done = subprocess.run(
-            argv, env=_environment(), capture_output=True, text=True, timeout=run.limit_s + START_LIMIT_S, check=False
-        )
+        with tempfile.TemporaryDirectory(prefix="tuner-", ignore_cleanup_errors=True) as scratch:
+            done = subprocess.run(
+                argv,
+                env=_environment(scratch),
+                capture_output=True,
+                text=True,
+                timeout=run.limit_s + START_LIMIT_S,
+                check=False,
+            )
     except subprocess.TimeoutExpired as error:
         raise AiperfError(
             f"AIPerf had not ended after {run.limit_s + START_LIMIT_S:g} s; measure fewer requests"
@@ -113,9 +120,13 @@ def _check(run: LoadRun) -> None:
         raise InvalidValueError("AIPerf does not think between the turns that it is given; leave think_time out")
 
 
-def _environment() -> dict[str, str]:
-    """Ours without what makes its tokenizer loader refuse a folder (0.13.0 looks for hub names only when offline)."""
-    return {key: value for key, value in os.environ.items() if key not in {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"}}
+def _environment(scratch: str) -> dict[str, str]:
+    """Ours without what makes its tokenizer loader refuse a folder (0.13.0 looks for hub names only when offline).
+
+    AIPerf leaves its sockets and data sets in the folder for temporary files, so it gets `scratch` for that.
+    """
+    offline = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"}
+    return {key: value for key, value in os.environ.items() if key not in offline} | {"TMPDIR": scratch}
 
 
 def _requests_to_send(run: LoadRun) -> int:

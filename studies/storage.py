@@ -250,11 +250,16 @@ def _write_ahead(connection: sqlite3.Connection) -> None:
     SQLite refuses it at once while another connection writes the old way, as where two processes make a database.
     """
     deadline = time.monotonic() + SQLITE_WAIT_S
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() >= deadline:
-                raise
-            time.sleep(0.05)
+    while not _is_set(connection, "journal_mode=WAL", last=time.monotonic() >= deadline):
+        time.sleep(0.05)
+
+
+def _is_set(connection: sqlite3.Connection, pragma: str, *, last: bool) -> bool:
+    """False where another connection is in the way; that is an error at the `last` try."""
+    try:
+        connection.execute(f"PRAGMA {pragma}")
+    except sqlite3.OperationalError as error:
+        if last or "locked" not in str(error):
+            raise
+        return False
+    return True

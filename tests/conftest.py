@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support import postgres
 from tests.support.ray_problem import POOL
-from tests.support.stolen import judged_on_a_calm_machine
 
 if TYPE_CHECKING:
     from cluster.ray_session import RayCluster
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    """Tests marked `timing` judge a machine that has its processor; elsewhere their failures are skips that say so."""
-    if item.get_closest_marker("timing") is None:
-        return (yield)
-    with judged_on_a_calm_machine(item.nodeid):
-        return (yield)
 
 
 @pytest.fixture(scope="session")

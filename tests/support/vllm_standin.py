@@ -10,6 +10,7 @@ handed. STANDIN_DIES=WORDS makes it end with these words before it serves.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import sys
@@ -21,6 +22,8 @@ FLAGS = (
     "kv-transfer-config tensor-parallel-size block-size speculative-config"
 )
 SWITCHES = "enable-chunked-prefill enable-prefix-caching enforce-eager"
+STEP_S = 0.005
+"""Seconds between tokens: a busy client reads an answer without any in one piece, which is a failure of its own."""
 STATE = {"prompt": 0, "received": 0, "reset": 0}
 
 
@@ -58,6 +61,7 @@ async def complete(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
     for _ in range(body["max_tokens"]):
+        await asyncio.sleep(STEP_S)
         await response.write(b'data: {"choices":[{"index":0,"text":" w","finish_reason":null}]}\n\n')
     await response.write(f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n".encode())
     return response
